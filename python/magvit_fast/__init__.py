@@ -1,0 +1,21 @@
+"""magvit_fast: masked video generation (MAGVIT, MAGVIT-v2, MaskViT) on compiled kernels."""
+
+from magvit_fast.ops import (
+    causal_conv3d,
+    confidence_remask,
+    factorized_embedding,
+    lfq_codes,
+    lfq_entropy,
+    lfq_quantize,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "causal_conv3d",
+    "confidence_remask",
+    "factorized_embedding",
+    "lfq_codes",
+    "lfq_entropy",
+    "lfq_quantize",
+]

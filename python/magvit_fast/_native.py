@@ -1,0 +1,163 @@
+"""The door to the compiled cores: which implementation runs, at which instruction set, on which stream.
+
+torch is imported first, always: the cores link to `libgomp.so.1`, and the copy that torch has already
+loaded is then the one they share (one thread pool, governed by `torch.set_num_threads`).
+Importing this module touches no CUDA state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+
+Impl = Literal["auto", "native", "reference"]
+
+# The library object must outlive the ops that are registered on it.
+LIB = torch.library.Library("magvit_fast", "DEF")
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+log = logging.getLogger("magvit_fast")
+LOG = os.environ.get("MAGVIT_FAST_LOG", "0") not in ("", "0")
+SYNC = os.environ.get("MAGVIT_FAST_SYNC", "0") not in ("", "0")
+
+_core_error: Exception | None = None
+try:
+    from magvit_fast import _core as _cpu_core
+except ImportError as error:  # a source tree that was never built: the references still work
+    _cpu_core = None  # type: ignore[assignment]
+    _core_error = error
+
+
+def _initial_isa() -> int:
+    if _cpu_core is None:
+        return 0
+    level = int(_cpu_core.detect_isa())
+    cap = os.environ.get("MAGVIT_FAST_MAX_ISA")
+    if cap:
+        if cap not in ISA_LEVELS:
+            raise ValueError(f"MAGVIT_FAST_MAX_ISA: expected one of {', '.join(ISA_LEVELS)}, got {cap!r}")
+        level = min(level, ISA_LEVELS.index(cap))
+    return level
+
+
+_isa = _initial_isa()
+_default_impl: str = os.environ.get("MAGVIT_FAST_IMPL", "auto")
+if _default_impl not in ("auto", "native", "reference"):
+    raise ValueError(
+        f"MAGVIT_FAST_IMPL: expected auto, native or reference, got {_default_impl!r}"
+    )
+
+
+def isa() -> int:
+    """The instruction-set level in use, an index into ISA_LEVELS."""
+    return _isa
+
+
+@contextlib.contextmanager
+def max_isa(level: str) -> Iterator[str]:
+    """Cap the instruction set inside the block (tests and benchmarks); yields the level in use."""
+    global _isa
+    if level not in ISA_LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(ISA_LEVELS)}, got {level!r}")
+    before = _isa
+    _isa = min(before, ISA_LEVELS.index(level))
+    try:
+        yield ISA_LEVELS[_isa]
+    finally:
+        _isa = before
+
+
+def core() -> ModuleType:
+    """The CPU core."""
+    if _cpu_core is None:
+        raise NotImplementedError(
+            f"the compiled CPU core is missing ({_core_error}); run `pip install .` from the project's root"
+        )
+    return _cpu_core
+
+
+@functools.cache
+def _load_cuda_core() -> tuple[ModuleType | None, str]:
+    try:
+        from magvit_fast import _core_cuda
+    except ImportError as error:
+        return None, str(error)
+    return _core_cuda, ""
+
+
+def core_cuda() -> ModuleType:
+    """The CUDA core, loaded at first use (its runtime is linked statically: loading needs no driver)."""
+    module, why = _load_cuda_core()
+    if module is None:
+        raise NotImplementedError(
+            f"this installation has no CUDA kernels ({why}); "
+            "reinstall with nvcc on the PATH and MAGVIT_FAST_CUDA=ON"
+        )
+    return module
+
+
+def missing_core(device: torch.device) -> str | None:
+    """Why no compiled core serves this device, or None."""
+    if device.type == "cpu":
+        return None if _cpu_core is not None else f"the compiled CPU core is missing ({_core_error})"
+    if device.type == "cuda":
+        module, why = _load_cuda_core()
+        return None if module is not None else f"this installation has no CUDA kernels ({why})"
+    return f"there are no native kernels for device type '{device.type}'"
+
+
+def use_native(op: str, impl: str, obstacle: str | None) -> bool:
+    """Decide between the native kernel and the reference.
+
+    `obstacle` says why the native kernel cannot run these arguments (None: it can). An explicit
+    `impl="native"` never falls back: it raises NotImplementedError with that reason.
+    """
+    if impl not in ("auto", "native", "reference"):
+        raise ValueError(f"impl: expected 'auto', 'native' or 'reference', got {impl!r}")
+    chosen = _default_impl if impl == "auto" else impl
+    if chosen == "reference":
+        return False
+    if obstacle is None:
+        return True
+    if chosen == "native":
+        raise NotImplementedError(f"{op}: impl='native' cannot run here: {obstacle}")
+    return False
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    return DTYPE_CODES[dtype]
+
+
+def native_dtype_obstacle(dtype: torch.dtype) -> str | None:
+    if dtype in DTYPE_CODES:
+        return None
+    return f"dtype {dtype} is served by the reference only (native: float32, bfloat16, float16)"
+
+
+def cpu_context() -> tuple[int, int]:
+    """(isa, num_threads) of this call. The OpenMP setting is per thread, so it is passed, not assumed."""
+    return _isa, torch.get_num_threads()
+
+
+def cuda_stream(device: torch.device) -> tuple[int, int]:
+    """(device index, raw current stream). Asked for at every launch: graphs and side streams change it."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    raw: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if raw is not None:
+        return index, int(raw(index))
+    return index, int(torch.cuda.current_stream(index).cuda_stream)
+
+
+def trace(op: str, **facts: object) -> None:
+    """With MAGVIT_FAST_LOG=1, say what is about to run, before it runs: a crash then leaves evidence."""
+    if LOG and not torch.compiler.is_compiling():
+        print(f"magvit_fast.{op} " + " ".join(f"{k}={v}" for k, v in facts.items()), flush=True)

@@ -1,0 +1,17 @@
+"""The ops: one file each, one name from here down to the kernels."""
+
+from magvit_fast.ops.causal_conv3d import causal_conv3d
+from magvit_fast.ops.confidence_remask import confidence_remask
+from magvit_fast.ops.factorized_embedding import factorized_embedding
+from magvit_fast.ops.lfq_codes import lfq_codes
+from magvit_fast.ops.lfq_entropy import lfq_entropy
+from magvit_fast.ops.lfq_quantize import lfq_quantize
+
+__all__ = [
+    "causal_conv3d",
+    "confidence_remask",
+    "factorized_embedding",
+    "lfq_codes",
+    "lfq_entropy",
+    "lfq_quantize",
+]

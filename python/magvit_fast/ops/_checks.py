@@ -1,0 +1,59 @@
+"""Argument checks that all ops share. Messages name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def check_tensor(name: str, x: object, *, ndim: int | None = None, floating: bool = False) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if ndim is not None and x.dim() != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
+    if floating and x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    return x
+
+
+def check_same(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    if x.device != other.device:
+        raise ValueError(
+            f"{name}: expected device {other.device} (that of {other_name}), got {x.device}"
+        )
+    if dtype and x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def triple(name: str, value: int | tuple[int, ...] | list[int], *, least: int = 1) -> tuple[int, int, int]:
+    values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(values) != 3 or min(values) < least:
+        raise ValueError(f"{name}: expected an int or three ints, each >= {least}, got {value!r}")
+    return values[0], values[1], values[2]
+
+
+def channel_axis(x: Tensor, channel_dim: int) -> int:
+    if not -x.dim() <= channel_dim < x.dim():
+        raise ValueError(f"channel_dim: {channel_dim} is out of range for shape {tuple(x.shape)}")
+    return channel_dim % x.dim()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants for a matrix-product-like op on x's device, or None."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None
