@@ -3,7 +3,9 @@
 from magvit_fast.ops import (
     causal_conv3d,
     confidence_remask,
+    depth_to_space3d,
     factorized_embedding,
+    group_norm_silu,
     lfq_codes,
     lfq_entropy,
     lfq_quantize,
@@ -14,7 +16,9 @@ __version__ = "0.1.0"
 __all__ = [
     "causal_conv3d",
     "confidence_remask",
+    "depth_to_space3d",
     "factorized_embedding",
+    "group_norm_silu",
     "lfq_codes",
     "lfq_entropy",
     "lfq_quantize",

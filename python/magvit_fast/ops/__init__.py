@@ -2,7 +2,9 @@
 
 from magvit_fast.ops.causal_conv3d import causal_conv3d
 from magvit_fast.ops.confidence_remask import confidence_remask
+from magvit_fast.ops.depth_to_space3d import depth_to_space3d
 from magvit_fast.ops.factorized_embedding import factorized_embedding
+from magvit_fast.ops.group_norm_silu import group_norm_silu
 from magvit_fast.ops.lfq_codes import lfq_codes
 from magvit_fast.ops.lfq_entropy import lfq_entropy
 from magvit_fast.ops.lfq_quantize import lfq_quantize
@@ -10,7 +12,9 @@ from magvit_fast.ops.lfq_quantize import lfq_quantize
 __all__ = [
     "causal_conv3d",
     "confidence_remask",
+    "depth_to_space3d",
     "factorized_embedding",
+    "group_norm_silu",
     "lfq_codes",
     "lfq_entropy",
     "lfq_quantize",

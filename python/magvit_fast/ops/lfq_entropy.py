@@ -31,5 +31,6 @@ def lfq_entropy(z: Tensor, *, channel_dim: int = 1, inv_temperature: float = 100
         guarded = probs + eps if log_guard == "shift" else probs.clamp(min=eps)
         codebook = -(probs * guarded.log()).sum()
     else:
-        codebook = -torch.special.xlogy(probs, probs).sum()
+        # a code whose probability underflows to 0 must not send log(0) * 0 = NaN back
+        codebook = -(probs * probs.clamp(min=1e-37).log()).sum()
     return per_sample, codebook

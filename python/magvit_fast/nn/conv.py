@@ -1,0 +1,98 @@
+"""The causal 3D convolution as a layer, with a memory for streaming."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from magvit_fast import ops
+from magvit_fast.nn.stream import StreamState
+from magvit_fast.ops._checks import triple
+from magvit_fast.ops.causal_conv3d import PadMode
+
+
+class CausalConv3d(nn.Module):
+    """3D convolution that sees the present frame and the ones before it (MAGVIT-v2, section 3.2).
+
+    Time is padded in front only, by kernel - 1 frames; space by (k - 1) // 2 before and k // 2 after;
+    border values are repeated ("replicate", as in Google's port) unless told otherwise.
+    Output length is ceil(n / stride) on every axis.
+
+    Args:
+        in_channels, out_channels: widths.
+        kernel_size, stride: an int or three ints (t, h, w). The kernel may not be shorter than the stride in time.
+        bias: whether a bias is added.
+        time_mode, space_mode: "zeros" | "replicate" | "reflect".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int] = 3,
+        stride: int | tuple[int, int, int] = 1,
+        *,
+        bias: bool = True,
+        time_mode: PadMode = "replicate",
+        space_mode: PadMode = "replicate",
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = triple("kernel_size", kernel_size)
+        self.stride = triple("stride", stride)
+        if self.kernel_size[0] < self.stride[0]:
+            raise ValueError(
+                f"kernel_size: expected at least the stride {self.stride[0]} in time, "
+                f"got {self.kernel_size[0]}"
+            )
+        self.time_mode: PadMode = time_mode
+        self.space_mode: PadMode = space_mode
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Glorot-uniform weight and zero bias, the defaults of Google's port."""
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
+
+        With `state` the frames continue a stream: the first chunk has 1 (mod s_t) frames, later ones a
+        multiple of s_t.
+        """
+        history, padding = None, None
+        if state is not None and self.kernel_size[0] > 1:
+            history = state.history(self)
+            if state.started:
+                padding = self._continuing_padding()
+        y = ops.causal_conv3d(
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=padding,
+            time_mode=self.time_mode,
+            space_mode=self.space_mode,
+            history=history,
+        )
+        if state is not None and self.kernel_size[0] > 1:
+            keep = self.kernel_size[0] - 1
+            seen = x if history is None else torch.cat([history.to(x.dtype), x], dim=2)
+            state.remember(self, seen[:, :, -keep:])
+        return y
+
+    def _continuing_padding(self) -> tuple[int, int, int, int, int, int]:
+        # The first window ends at the first frame of the video; from then on windows end at the last of
+        # every s_t frames, so that the first window of a continuing chunk reaches k_t - s_t frames back.
+        (kt, kh, kw), st = self.kernel_size, self.stride[0]
+        return kt - st, 0, (kh - 1) // 2, kh // 2, (kw - 1) // 2, kw // 2
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,99 @@
+"""Per-frame group normalization, plain and adaptive."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from magvit_fast import ops
+
+EPS = 1e-6
+MAX_GROUPS = 32
+
+
+def group_count(channels: int) -> int:
+    """32 groups; below 32 channels each channel is its own group (as in Google's port).
+
+    Raises:
+        ValueError: 32 or more channels that are no multiple of 32.
+    """
+    if channels < 1 or (channels > MAX_GROUPS and channels % MAX_GROUPS):
+        raise ValueError(
+            f"channels: expected fewer than {MAX_GROUPS} or a multiple of {MAX_GROUPS}, got {channels}"
+        )
+    return min(channels, MAX_GROUPS)
+
+
+class GroupNormSiLU(nn.Module):
+    """Group norm over (H, W, C / groups) of each frame, then SiLU (or nothing with activation=None).
+
+    `weight` multiplies directly; Google's port stores it as an offset from one (compat.praxis adds the one).
+    """
+
+    def __init__(self, channels: int, *, activation: Literal["silu"] | None = "silu") -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_groups = group_count(channels)
+        self.activation: Literal["silu"] | None = activation
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape."""
+        return ops.group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, eps=EPS, activation=self.activation
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, num_groups={self.num_groups}, activation={self.activation!r}"
+
+
+def upsample_nearest(x: Tensor, factor: tuple[int, int, int], frames: int) -> Tensor:
+    """Repeat [B, C, T', H', W'] by `factor` and keep the last `frames` frames of the result.
+
+    The causal up-samplers drop leading frames; doing that level by level and doing it once at the end give
+    the same map from frame to latent slot, so that one call serves any number of levels.
+    """
+    st, sh, sw = factor
+    b, c, t, h, w = x.shape
+    tall = x.permute(0, 2, 3, 4, 1).reshape(b, t, 1, h, 1, w, 1, c)
+    tall = tall.expand(b, t, st, h, sh, w, sw, c).reshape(b, t * st, h * sh, w * sw, c)
+    return tall.permute(0, 4, 1, 2, 3)[:, :, t * st - frames :]
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose scale and shift are linear functions of a condition at the same position.
+
+    y = norm(x) * (1 + W_g z + b_g) + (W_b z + b_b); no activation follows (MAGVIT-v2, section 3.2 of the
+    facts and the port's CondNorm). The two maps are linear per position, so they are applied before the
+    condition is repeated to x's resolution: the same values at a fraction of the work.
+    """
+
+    def __init__(self, channels: int, condition_channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.condition_channels = condition_channels
+        self.num_groups = group_count(channels)
+        self.scale = nn.Linear(condition_channels, channels)
+        self.shift = nn.Linear(condition_channels, channels)
+        for linear in (self.scale, self.shift):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, factor: tuple[int, int, int] = (1, 1, 1)
+    ) -> Tensor:
+        """x [B, C, T, H, W], condition [B, D, T', H', W'] -> the shape of x.
+
+        x is the condition's grid repeated by `factor`, less some leading frames.
+        """
+        frames = x.shape[2]
+        maps = []
+        for linear in (self.scale, self.shift):
+            value = linear(condition.movedim(1, -1)).movedim(-1, 1)
+            maps.append(upsample_nearest(value, factor, frames))
+        return ops.group_norm_silu(
+            x, self.num_groups, eps=EPS, scale=maps[0], shift=maps[1], activation=None
+        )
