@@ -19,3 +19,13 @@ class MissingExtraError(MagvitFastError, ImportError):
 
 class FileFormatError(MagvitFastError, ValueError):
     """A file (video, tokens, checkpoint) is unreadable, truncated, foreign or of another version."""
+
+
+class FileWriteError(MagvitFastError, OSError):
+    """A file or directory cannot be written: full disk, no permission, something else in its place."""
+
+    @classmethod
+    def of(cls, path: object, reason: str) -> FileWriteError:
+        return cls(
+            f"cannot write {path}: {reason}; free space or choose another place (nothing was changed)"
+        )

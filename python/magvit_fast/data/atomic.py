@@ -1,0 +1,174 @@
+"""Files and directories that appear whole or not at all.
+
+Everything is written beside its destination under a hidden temporary name, flushed to the disk, then
+renamed: a full disk, an exception or a kill leaves the old content (or none), never half of the new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from magvit_fast.errors import FileWriteError
+
+# What a destination can do wrong while it is being written, as opposed to mistakes of the writing code.
+_DESTINATION_ERRNOS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ENAMETOOLONG,
+    }
+)
+# The same, where a library reports it in words only (safetensors raises its own exception type).
+_DISK_FULL_WORDS = ("StorageFull", "No space left", "QuotaExceeded", "FileTooLarge")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _as_write_error(path: Path, error: BaseException) -> FileWriteError | None:
+    """The one-line error for a destination that cannot take the data, or None for any other trouble."""
+    if isinstance(error, FileWriteError):
+        return None
+    number = getattr(error, "errno", None)
+    if number in _DESTINATION_ERRNOS:
+        return FileWriteError.of(path, os.strerror(number))
+    if any(words in str(error) for words in _DISK_FULL_WORDS):
+        return FileWriteError.of(path, os.strerror(errno.ENOSPC))
+    return None
+
+
+def _parent(path: Path) -> Path:
+    """The existing directory that will hold `path`, made if needed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileWriteError.of(path, error.strerror or str(error)) from error
+    return path.parent
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_directory(path: Path) -> None:
+    """Make the renaming itself durable. Not every file system can, and the content is safe without it."""
+    with contextlib.suppress(OSError):
+        _fsync(path)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path to write; move it to `path` when the block ends without an exception.
+
+    The temporary file is in the same directory and has the same suffix (writers that pick a format by
+    name keep working); missing parent directories are made. An existing file at `path` is replaced.
+
+    Raises:
+        FileWriteError: the destination cannot be written (full disk, no permission, is a directory).
+        Whatever the block raises otherwise. In each case `path` is untouched and the temporary is gone.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileWriteError.of(path, "it is a directory")
+    parent = _parent(path)
+    try:
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{path.stem[:64]}.", suffix=f".tmp{path.suffix}", dir=parent
+        )
+        os.close(descriptor)
+    except OSError as error:
+        raise FileWriteError.of(path, error.strerror or str(error)) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.chmod(
+            0o666 & ~_umask()
+        )  # mkstemp makes private files; users expect ordinary ones
+        os.replace(temporary, path)
+        _fsync_directory(parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        write_error = _as_write_error(path, error)
+        if write_error is not None:
+            raise write_error from error
+        raise
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all. Raises FileWriteError (see `atomic_path`)."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all. Raises FileWriteError (see `atomic_path`)."""
+    atomic_write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary directory to fill; move it to `path` when the block ends without an exception.
+
+    An existing directory at `path` is replaced as a whole: it steps aside, the new one takes its name,
+    then the old one is deleted. A kill between those two renames (microseconds) leaves both complete,
+    the old one under the hidden name `.NAME.*.old`.
+
+    Raises:
+        FileWriteError: the destination cannot be written. Otherwise whatever the block raises.
+        In each case `path` is untouched and the temporary is gone.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileWriteError.of(path, "a file of that name is in the way")
+    parent = _parent(path)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=parent))
+    except OSError as error:
+        raise FileWriteError.of(path, error.strerror or str(error)) from error
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        temporary.chmod(0o777 & ~_umask())
+        _replace_directory(temporary, path)
+        _fsync_directory(parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_error = _as_write_error(path, error)
+        if write_error is not None:
+            raise write_error from error
+        raise
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = new.with_suffix(".old")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
