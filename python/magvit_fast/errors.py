@@ -1,10 +1,13 @@
-"""Errors of the package. Bad arguments raise the built-in ValueError, TypeError or NotImplementedError."""
+"""Errors of the package.
+
+Bad arguments raise the built-in ValueError, TypeError or NotImplementedError.
+"""
 
 from __future__ import annotations
 
 
 class MagvitFastError(RuntimeError):
-    """Something outside the caller's arguments went wrong: a file, a checkpoint, a missing extra."""
+    """Something outside the caller's arguments is wrong: a file, a checkpoint, a missing extra."""
 
 
 class MissingExtraError(MagvitFastError, ImportError):
@@ -18,14 +21,15 @@ class MissingExtraError(MagvitFastError, ImportError):
 
 
 class FileFormatError(MagvitFastError, ValueError):
-    """A file (video, tokens, checkpoint) is unreadable, truncated, foreign or of another version."""
+    """A file (video, tokens, checkpoint) is unreadable, truncated, foreign or too new."""
 
 
 class FileWriteError(MagvitFastError, OSError):
-    """A file or directory cannot be written: full disk, no permission, something else in its place."""
+    """A file or directory cannot be written: full disk, no permission, a name already taken."""
 
     @classmethod
     def of(cls, path: object, reason: str) -> FileWriteError:
         return cls(
-            f"cannot write {path}: {reason}; free space or choose another place (nothing was changed)"
+            f"cannot write {path}: {reason}; free space or choose another place "
+            "(nothing was changed)"
         )

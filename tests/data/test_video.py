@@ -153,7 +153,7 @@ def test_crop_without_resize_is_the_center_window(
 
 
 def test_resize_is_antialiased() -> None:
-    """Period-2 stripes shrunk 4 times must become flat gray; sampling without a filter keeps stripes."""
+    """Period-2 stripes shrunk 4 times become flat gray; unfiltered sampling keeps stripes."""
     stripes = (torch.arange(64) % 2).float().expand(3, 64, 64)
     shrunk = center_crop_resize(stripes, 16)[:, 2:-2, 2:-2]
     assert (shrunk - 0.5).abs().max() < 0.02

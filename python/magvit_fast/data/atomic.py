@@ -1,7 +1,8 @@
 """Files and directories that appear whole or not at all.
 
-Everything is written beside its destination under a hidden temporary name, flushed to the disk, then
-renamed: a full disk, an exception or a kill leaves the old content (or none), never half of the new.
+Everything is written beside its destination under a hidden temporary name, flushed to the disk,
+then renamed: a full disk, an exception or a kill leaves the old content (or none), never half of
+the new.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from magvit_fast.errors import FileWriteError
 
-# What a destination can do wrong while it is being written, as opposed to mistakes of the writing code.
+# What a destination can do wrong while it is written, as opposed to mistakes of the writer.
 _DESTINATION_ERRNOS = frozenset(
     {
         errno.ENOSPC,
@@ -40,7 +41,7 @@ def _umask() -> int:
 
 
 def _as_write_error(path: Path, error: BaseException) -> FileWriteError | None:
-    """The one-line error for a destination that cannot take the data, or None for any other trouble."""
+    """The one-line error for a destination that cannot take the data; None for other trouble."""
     if isinstance(error, FileWriteError):
         return None
     number = getattr(error, "errno", None)
@@ -69,7 +70,7 @@ def _fsync(path: Path) -> None:
 
 
 def _fsync_directory(path: Path) -> None:
-    """Make the renaming itself durable. Not every file system can, and the content is safe without it."""
+    """Make the renaming durable. Not every file system can; the content is safe without it."""
     with contextlib.suppress(OSError):
         _fsync(path)
 
@@ -78,12 +79,12 @@ def _fsync_directory(path: Path) -> None:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write; move it to `path` when the block ends without an exception.
 
-    The temporary file is in the same directory and has the same suffix (writers that pick a format by
-    name keep working); missing parent directories are made. An existing file at `path` is replaced.
+    The temporary file is in the same directory and has the same suffix (writers that pick a format
+    by name keep working); missing parents are made. An existing file at `path` is replaced.
 
     Raises:
-        FileWriteError: the destination cannot be written (full disk, no permission, is a directory).
-        Whatever the block raises otherwise. In each case `path` is untouched and the temporary is gone.
+        FileWriteError: the destination cannot be written (disk full, no permission, a directory).
+        Otherwise whatever the block raises. Always `path` is untouched and the temporary gone.
     """
     path = Path(path)
     if path.is_dir():
@@ -114,27 +115,27 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all. Raises FileWriteError (see `atomic_path`)."""
+    """Write `data` to `path`, whole or not at all. Raises FileWriteError."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all. Raises FileWriteError (see `atomic_path`)."""
+    """Write `text` as UTF-8 to `path`, whole or not at all. Raises FileWriteError."""
     atomic_write_bytes(path, text.encode())
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary directory to fill; move it to `path` when the block ends without an exception.
+    """Yield a temporary directory to fill; move it to `path` when the block ends well.
 
-    An existing directory at `path` is replaced as a whole: it steps aside, the new one takes its name,
-    then the old one is deleted. A kill between those two renames (microseconds) leaves both complete,
-    the old one under the hidden name `.NAME.*.old`.
+    An existing directory at `path` is replaced as a whole: it steps aside, the new one takes its
+    name, then the old one is deleted. A kill between those two renames (microseconds) leaves both
+    complete, the old one under the hidden name `.NAME.*.old`.
 
     Raises:
         FileWriteError: the destination cannot be written. Otherwise whatever the block raises.
-        In each case `path` is untouched and the temporary is gone.
+        Always `path` is untouched and the temporary gone.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():

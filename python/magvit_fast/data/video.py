@@ -1,7 +1,7 @@
 """Video files through PyAV (FFmpeg): probe, read, decode frame by frame, write H.264.
 
-Frames leave this module as RGB with the file's rotation applied; files are written whole or not at all.
-PyAV is imported at first use, so that the package works without it.
+Frames leave this module as RGB with the file's rotation applied; files are written whole or not at
+all. PyAV is imported at first use, so that the package works without it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from magvit_fast.errors import FileFormatError, MissingExtraError
 PathLike = str | os.PathLike[str]
 
 _DEFAULT_FPS = Fraction(25)  # for raw streams, which state none
-# How the files that we write describe their pixels: BT.601 matrix, limited range (FFmpeg's numbers).
+# How files written here describe their pixels: BT.601 matrix, limited range (FFmpeg's numbers).
 _SMPTE170M, _LIMITED_RANGE = 6, 1
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds. `frames` is counted, not taken from the header; size is after rotation."""
+    """What a video file holds. `frames` is counted, not read off; the size is after rotation."""
 
     path: str
     frames: int
@@ -95,13 +95,14 @@ def _open_video(path: PathLike) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_complete(path: Path, stream: Any) -> None:
-    """Compare the header's table of frames (MP4, MOV) with the size of the file: a cut shows up at once."""
+    """Compare the header's table of frames (MP4, MOV, AVI) with the file's size: a cut shows."""
     if not path.is_file() or not stream.index_entries:
         return
     last, size = stream.index_entries[-1], path.stat().st_size
     if last.pos + last.size > size:
         raise FileFormatError(
-            f"{path}: is truncated ({size} bytes of at least {last.pos + last.size}); download it again"
+            f"{path}: is truncated ({size} bytes of at least {last.pos + last.size}); "
+            "download it again"
         )
 
 
@@ -110,7 +111,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
-    """Packets of the stream, the final flush included. FFmpeg ends a cut file in silence; this raises."""
+    """Packets of the stream and the final flush. FFmpeg ends a cut file in silence; this raises."""
     count, end = 0, None
     try:
         for packet in container.demux(stream):
@@ -132,7 +133,8 @@ def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
 
 def _damaged(path: Path, count: int, why: str) -> FileFormatError:
     return FileFormatError(
-        f"{path}: is truncated or damaged near frame {count} ({why}); re-encode or download it again"
+        f"{path}: is truncated or damaged near frame {count} ({why}); "
+        "re-encode or download it again"
     )
 
 
@@ -185,7 +187,7 @@ def probe(path: PathLike) -> VideoInfo:
 
 
 def _count_frames(path: Path, container: Any, stream: Any) -> int:
-    """Packets that become shown frames: demuxing needs no decoding, and headers may lie or be absent."""
+    """Packets that become shown frames. No decoding; headers may lie or be absent."""
     return sum(
         bool(packet.size) and not packet.is_discard for packet in _packets(path, container, stream)
     )
@@ -198,8 +200,8 @@ def iter_frames(
 
     Args:
         path: video file.
-        size: (height, width) or one number for both: the largest centered window of that aspect ratio is
-            cut out, then resized with antialiasing. None keeps the file's size (any, odd ones included).
+        size: (height, width) or one number for both: the largest centered window of that aspect
+            ratio is cut out, then resized with antialiasing. None keeps the file's size.
         start, stride: yield frames start, start + stride, start + 2 * stride, ...
 
     Yields:
@@ -236,7 +238,7 @@ def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def center_crop_resize(frames: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Cut the largest centered window of the target's aspect ratio, then resize it with antialiasing.
+    """Cut the largest centered window of the target's aspect ratio, then resize it (antialiased).
 
     Args:
         frames: float [..., C, H, W].
@@ -307,7 +309,8 @@ def write_video(path: PathLike, video: Tensor, fps: float = 25.0, *, crf: float 
         fps: frames per second.
         crf: x264's quality, 0 (lossless in its color format) to 51; 18 is visually lossless.
 
-    Odd heights or widths are padded to even by repeating the last row or column (yuv420p needs even ones).
+    Odd heights or widths are padded to even by repeating the last row or column (yuv420p halves
+    its color planes).
 
     Raises:
         ValueError: wrong shape, dtype, range or a non-finite value; fps or crf out of range.
@@ -324,7 +327,7 @@ def write_video(path: PathLike, video: Tensor, fps: float = 25.0, *, crf: float 
 def write_frames(
     path: PathLike, frames: Iterable[Tensor], fps: float = 25.0, *, crf: float = 18.0
 ) -> int:
-    """`write_video` for a stream of frames [C=3, H, W] (memory: a few frames). Returns their count."""
+    """`write_video` for a stream of frames [C=3, H, W] (memory: a few). Returns their count."""
     av = _av()
     if not 0 < fps <= 1000:
         raise ValueError(f"fps: expected a rate in (0, 1000], got {fps}")
@@ -357,7 +360,7 @@ def _add_h264_stream(container: Any, shape: tuple[int, ...], fps: float, crf: fl
     )
     stream.height, stream.width = shape[:2]
     stream.pix_fmt = "yuv420p"
-    # Say which color matrix and range the pixels are in, so that every player gives the same colors back.
+    # Say which color matrix and range the pixels are in, so that players give the colors back.
     context = stream.codec_context
     context.colorspace, context.color_range = _SMPTE170M, _LIMITED_RANGE
     return stream
