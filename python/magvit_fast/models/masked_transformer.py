@@ -1,0 +1,233 @@
+"""The masked transformer of MAGVIT and MAGVIT-v2: BERT over [prefix][visual tokens].
+
+Sources: MAGVIT section 3.2 and table 8 (layers, recipe), MAGVIT-v2 section 3.2 (factorised tokens, one
+weight-tied head per sub-token).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magvit_fast.nn.embedding import TokenEmbedding
+from magvit_fast.nn.transformer import PostNormLayer
+
+
+@dataclass(frozen=True)
+class MaskedTransformerConfig:
+    """Shape of a MaskedTransformer. The default is MAGVIT-v2's L model for 17x128x128 video.
+
+    grid: (T', H', W') of the tokenizer's ids; their number is the number of visual positions.
+    num_subtokens, subtoken_size: G tables of V rows. v2: 2 x 512 (2**18 codes). v1: 1 x 1024.
+    num_classes: rows for class labels. One more row, "unconditional", always follows them.
+    prompts: names of task rows. Empty: a single-task model, its prefix is [class]; otherwise the prefix
+        is [task][class]. A name is a task's own or the name it shares with others (tasks.Task.prompt).
+    """
+
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    mlp_size: int = 4096
+    grid: tuple[int, int, int] = (5, 16, 16)
+    num_subtokens: int = 2
+    subtoken_size: int = 512
+    num_classes: int = 0
+    prompts: tuple[str, ...] = ()
+    dropout: float = 0.1
+    layer_norm_eps: float = 1e-12
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples
+        object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+        for name in ("hidden_size", "num_layers", "num_heads", "mlp_size", "num_subtokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_heads}"
+            )
+        if len(self.grid) != 3 or min(self.grid) < 1:
+            raise ValueError(f"grid: expected three positive ints (T', H', W'), got {self.grid}")
+        if self.subtoken_size < 2 or self.subtoken_size & (self.subtoken_size - 1):
+            raise ValueError(f"subtoken_size: expected a power of two, got {self.subtoken_size}")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes: expected 0 or more, got {self.num_classes}")
+        if len(set(self.prompts)) != len(self.prompts):
+            raise ValueError(f"prompts: expected distinct names, got {self.prompts}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a value in [0, 1), got {self.dropout}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual positions N."""
+        return math.prod(self.grid)
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of a packed token; equals the tokenizer's num_bits."""
+        return self.num_subtokens * (self.subtoken_size.bit_length() - 1)
+
+    @property
+    def prefix_length(self) -> int:
+        return 2 if self.prompts else 1
+
+    @property
+    def unconditional_class(self) -> int:
+        """The class id that stands for "no class"."""
+        return self.num_classes
+
+
+class MaskedLanguageHead(nn.Module):
+    """Dense + GELU + LN, then the product with the (tied) sub-table plus a bias per row."""
+
+    def __init__(self, dim: int, subtoken_size: int, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(subtoken_size))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """x [B, N, D], table [V, D] -> logits [B, N, V]."""
+        return F.linear(self.norm(F.gelu(self.dense(x), approximate="tanh")), table, self.bias)
+
+
+class MaskedTransformer(nn.Module):
+    """Predicts every visual token from a partly masked grid.
+
+    Original BERT: post-layer-norm, learned absolute positions (prefix included), embedding sum -> LayerNorm
+    -> dropout. The logits cover visual codes alone; class and task rows are inputs only.
+
+    Parameters counted (L, two heads, video, 101 classes: 306,881,536): layers 302,309,376; embedding
+    LayerNorm 2,048; positions (1 + 1,280) x 1,024; two sub-tables 2 x 512 x 1,024; rows for 101 classes,
+    unconditional and MASK; two heads of Dense + LayerNorm 2 x 1,051,648 and 2 x 512 biases. The tied
+    output matrices are the input tables and count once.
+    """
+
+    def __init__(self, config: MaskedTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, eps = config.hidden_size, config.layer_norm_eps
+        self.token_embedding = TokenEmbedding(config.num_subtokens, config.subtoken_size, dim)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last = unconditional
+        self.prompt_embedding = nn.Embedding(len(config.prompts), dim) if config.prompts else None
+        self.position_embedding = nn.Parameter(
+            torch.empty(config.prefix_length + config.num_tokens, dim)
+        )
+        self.embedding_norm = nn.LayerNorm(dim, eps=eps)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            PostNormLayer(dim, config.num_heads, config.mlp_size, dropout=config.dropout, eps=eps)
+            for _ in range(config.num_layers)
+        )
+        self.heads = nn.ModuleList(
+            MaskedLanguageHead(dim, config.subtoken_size, eps) for _ in range(config.num_subtokens)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Matrices and embeddings: normal of init_std truncated at two deviations; biases 0; LN 1, 0."""
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 or name.endswith("mask_embedding"):
+                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+            elif name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def prompt_id(self, *names: str) -> int | None:
+        """Row of the first of `names` that the model has a prompt for; None for a single-task model."""
+        if not self.config.prompts:
+            return None
+        for name in names:
+            if name in self.config.prompts:
+                return self.config.prompts.index(name)
+        raise ValueError(
+            f"task: expected one of the model's prompts {', '.join(self.config.prompts)}, "
+            f"got {' / '.join(names)}"
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        class_id: Tensor | None = None,
+        prompt_id: Tensor | int | None = None,
+    ) -> Tensor:
+        """Logits [B, N, G, V] of every visual position.
+
+        tokens: int64 [B, N], packed, in the order t, h, w. mask: bool [B, N], True = MASK (the token there
+        is ignored). class_id: int64 [B], None = unconditional. prompt_id: an int for the whole batch or int64
+        [B]; required exactly when the model has prompts.
+        """
+        self._check_inputs(tokens, mask, class_id, prompt_id)
+        x = torch.cat(
+            [self._prefix(tokens, class_id, prompt_id), self.token_embedding(tokens, mask)], 1
+        )
+        x = self.embedding_dropout(self.embedding_norm(x + self.position_embedding))
+        for layer in self.layers:
+            x = layer(x)
+        x = x[:, self.config.prefix_length :]
+        tables = self.token_embedding.weight
+        return torch.stack([head(x, tables[g]) for g, head in enumerate(self.heads)], dim=2)
+
+    def _prefix(
+        self, tokens: Tensor, class_id: Tensor | None, prompt_id: Tensor | int | None
+    ) -> Tensor:
+        batch = tokens.shape[0]
+        if class_id is None:
+            class_id = tokens.new_full((batch,), self.config.unconditional_class)
+        rows = [self.class_embedding(class_id)]
+        if self.prompt_embedding is not None:
+            if isinstance(prompt_id, int):
+                prompt_id = tokens.new_full((batch,), prompt_id)
+            rows.insert(0, self.prompt_embedding(prompt_id))
+        return torch.stack(rows, dim=1)  # [B, prefix, D]
+
+    def _check_inputs(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        class_id: Tensor | None,
+        prompt_id: Tensor | int | None,
+    ) -> None:
+        n = self.config.num_tokens
+        if tokens.dim() != 2 or tokens.shape[1] != n:
+            raise ValueError(
+                f"tokens: expected [B, {n}] (grid {self.config.grid}), got {tuple(tokens.shape)}"
+            )
+        if tokens.dtype != torch.int64:
+            raise TypeError(f"tokens: expected int64, got {tokens.dtype}")
+        if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask: expected bool {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        if class_id is not None and class_id.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"class_id: expected int64 [{tokens.shape[0]}], got {tuple(class_id.shape)}"
+            )
+        if (
+            class_id is not None
+            and class_id.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
+            # on a GPU the look would cost a synchronization at every step: generate() checks there
+            if (
+                class_id.numel()
+                and not 0 <= int(class_id.min()) <= int(class_id.max()) <= self.config.num_classes
+            ):
+                raise ValueError(
+                    f"class_id: expected ids in 0..{self.config.num_classes}, got {class_id.tolist()}"
+                )
+        if (prompt_id is None) != (self.prompt_embedding is None):
+            raise ValueError(
+                f"prompt_id: expected {'an id' if self.config.prompts else 'None'} for a model with "
+                f"{len(self.config.prompts)} prompts, got {prompt_id!r}"
+            )

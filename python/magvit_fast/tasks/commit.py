@@ -1,0 +1,173 @@
+"""COMMIT: conditional masked modeling by interior tokens (MAGVIT section 3.2), masking and loss.
+
+A position of the corrupted input holds one of three things: its condition token z~ (selected, inside the
+condition region: the model must *refine* it), MASK (selected, outside: *mask*), or its true token z (not
+selected: *reconstruct*). The model predicts z at every position.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from magvit_fast.nn.embedding import unpack_subtokens
+
+Part = Literal["reconstruct", "refine", "mask"]
+PARTS: tuple[Part, ...] = (
+    "reconstruct",
+    "refine",
+    "mask",
+)  # the index is the code in CommitBatch.part
+
+
+@dataclass(frozen=True)
+class CommitBatch:
+    """A corrupted batch; every field is [B, N], positions in the order t, h, w."""
+
+    tokens: Tensor  # int64, the network's input (ignored where mask is True)
+    mask: Tensor  # bool, True = MASK
+    targets: Tensor  # int64, the true tokens z
+    part: Tensor  # int64 index into PARTS
+
+
+@dataclass(frozen=True)
+class CommitLoss:
+    """The training loss and what it is made of (scalars; nats per token, detached but for `loss`)."""
+
+    loss: Tensor
+    parts: dict[
+        str, Tensor
+    ]  # mean cross-entropy over the positions of each part, 0 where it is empty
+    fractions: dict[str, Tensor]  # share of each part among all positions
+    accuracies: dict[str, Tensor]  # share of exactly right tokens in each part, 0 where it is empty
+
+
+def mask_ratio(u: Tensor) -> Tensor:
+    """Share of selected positions for uniform draws u: cos(pi u / 2), within [1e-6, 1]."""
+    return torch.cos(u.float() * (math.pi / 2)).clamp(1e-6, 1.0)
+
+
+def commit_mask(
+    targets: Tensor,
+    condition: Tensor | None = None,
+    condition_mask: Tensor | None = None,
+    *,
+    u: Tensor | None = None,
+    scores: Tensor | None = None,
+    per_sample: bool = False,
+    generator: torch.Generator | None = None,
+) -> CommitBatch:
+    """Corrupt a batch of token grids.
+
+    targets: int64 [B, N], tokens z of the real video. condition: int64 [B, N], tokens z~ of the condition
+    video through the same tokenizer, and condition_mask: bool [N] or [B, N], True inside the condition
+    region; both None for a task without condition.
+
+    n = max(1, floor(N * cos(pi u / 2))) positions are selected: those of the n lowest scores (ties by
+    position, so always exactly n; the released code selects every position of a tied threshold).
+    u: uniform draws, one element (one ratio for the batch, as the released code does) or B elements (one a
+    sample, as the paper's notation reads). scores: uniform [B, N]. What is not given is drawn from `generator`;
+    `per_sample` chooses the number of drawn ratios.
+    """
+    batch, n = _check_targets(targets)
+    device = targets.device
+    if (condition is None) != (condition_mask is None):
+        raise ValueError("condition and condition_mask: expected both or neither")
+    if u is None:
+        u = torch.rand(batch if per_sample else 1, device=device, generator=generator)
+    if u.numel() not in (1, batch):
+        raise ValueError(f"u: expected 1 or {batch} draws, got shape {tuple(u.shape)}")
+    if scores is None:
+        scores = torch.rand(batch, n, device=device, generator=generator)
+    if scores.shape != targets.shape:
+        raise ValueError(f"scores: expected {tuple(targets.shape)}, got {tuple(scores.shape)}")
+
+    count = (mask_ratio(u).reshape(-1, 1) * n).floor().clamp(min=1)  # [1 or B, 1]
+    rank = scores.argsort(dim=-1, stable=True).argsort(dim=-1)
+    selected = rank < count
+    if condition is None or condition_mask is None:
+        inside = torch.zeros_like(selected)
+        tokens = targets
+    else:
+        inside = _check_condition(targets, condition, condition_mask)
+        tokens = torch.where(selected & inside, condition, targets)
+    mask = selected & ~inside
+    part = torch.where(mask, 2, torch.where(selected, 1, 0))
+    return CommitBatch(tokens=tokens, mask=mask, targets=targets, part=part)
+
+
+def commit_loss(
+    logits: Tensor,
+    batch: CommitBatch,
+    *,
+    label_smoothing: float = 1e-4,
+    loss_on: tuple[Part, ...] = PARTS,
+) -> CommitLoss:
+    """Cross-entropy of logits [B, N, G, V] against the true tokens, summed over the G sub-tokens.
+
+    Label smoothing spreads e over the V values (on 1 - e + e/V, off e/V). Positions of the parts in `loss_on`
+    weigh 1, others 0: a weighted mean per sample, then the mean over the batch. All parts is the published recipe;
+    fewer is for ablations.
+    """
+    b, n, g, v = logits.shape
+    if batch.targets.shape != (b, n):
+        raise ValueError(
+            f"logits: expected [{batch.targets.shape[0]}, {batch.targets.shape[1]}, G, V], "
+            f"got {tuple(logits.shape)}"
+        )
+    unknown = set(loss_on) - set(PARTS)
+    if unknown or not loss_on:
+        raise ValueError(f"loss_on: expected some of {PARTS}, got {loss_on!r}")
+    values = unpack_subtokens(batch.targets, g, v)  # [B, N, G]
+    nats = F.cross_entropy(
+        logits.float().flatten(0, 2),
+        values.flatten(),
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    nats = nats.view(b, n, g).sum(-1)  # [B, N]
+    counted = [PARTS.index(name) for name in loss_on]
+    weights = torch.isin(batch.part, batch.part.new_tensor(counted)).to(nats.dtype)
+    loss = ((weights * nats).sum(-1) / (weights.sum(-1) + 1e-8)).mean()
+
+    right = (logits.detach().argmax(-1) == values).all(-1)
+    parts: dict[str, Tensor] = {}
+    fractions: dict[str, Tensor] = {}
+    accuracies: dict[str, Tensor] = {}
+    for code, name in enumerate(PARTS):
+        here = batch.part == code
+        size = here.sum().clamp(min=1)
+        parts[name] = (nats.detach() * here).sum() / size
+        fractions[name] = here.float().mean()
+        accuracies[name] = (right & here).sum() / size
+    return CommitLoss(loss=loss, parts=parts, fractions=fractions, accuracies=accuracies)
+
+
+def _check_targets(targets: Tensor) -> tuple[int, int]:
+    if targets.dim() != 2 or targets.shape[1] < 1:
+        raise ValueError(f"targets: expected [B, N] with N >= 1, got {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected int64, got {targets.dtype}")
+    return targets.shape[0], targets.shape[1]
+
+
+def _check_condition(targets: Tensor, condition: Tensor, condition_mask: Tensor) -> Tensor:
+    if condition.shape != targets.shape or condition.dtype != torch.int64:
+        raise ValueError(
+            f"condition: expected int64 {tuple(targets.shape)}, "
+            f"got {condition.dtype} {tuple(condition.shape)}"
+        )
+    if condition_mask.dtype != torch.bool or condition_mask.shape not in (
+        targets.shape,
+        targets.shape[1:],
+    ):
+        raise ValueError(
+            f"condition_mask: expected bool {tuple(targets.shape[1:])} or {tuple(targets.shape)}, "
+            f"got {condition_mask.dtype} {tuple(condition_mask.shape)}"
+        )
+    return condition_mask.expand(targets.shape)
