@@ -1,0 +1,240 @@
+"""A data set of clips over video files, and the same face for rendered scenes.
+
+An item is asked for by a `Draw` (see order.py) and depends on nothing but the data set's settings and that
+draw: no state is carried from item to item, so any number of loader workers gives the same batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from magvit_fast.data.order import Draw
+from magvit_fast.data.synthetic import TRAIN_SEEDS, render_clip
+from magvit_fast.data.video import center_crop_resize, probe, read_video
+from magvit_fast.errors import FileFormatError
+
+log = logging.getLogger("magvit_fast")
+
+VIDEO_SUFFIXES = frozenset(
+    [".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"]
+)
+IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".webp"])
+_NAMES_IN_WARNING = 20
+
+
+class Sample(TypedDict):
+    """video float32 [3, T, H, W] in [0, 1] (T = 1 for a still); class_id -1 without labels; replaced: how many
+    files could not be decoded and were passed over on the way to this one."""
+
+    video: Tensor
+    class_id: int
+    replaced: int
+
+
+class ClipSource(Protocol):
+    """What the training loops need of a data set: two pools of entries, addressed by draws."""
+
+    num_clips: int
+    num_stills: int
+    class_names: tuple[str, ...]
+
+    def __getitem__(self, draw: Draw) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a window is cut out of a video.
+
+    crop_scale: side of the window as a share of the largest one that fits, drawn uniformly from this range.
+    flip: mirror left-right in half of the draws.
+    strides: steps between the frames taken, drawn uniformly from those that the video is long enough for.
+    """
+
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    flip: bool = True
+    strides: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if not 0.0 < low <= high <= 1.0:
+            raise ValueError(f"crop_scale: expected 0 < low <= high <= 1, got {self.crop_scale}")
+        if not self.strides or min(self.strides) < 1:
+            raise ValueError(f"strides: expected at least one step >= 1, got {self.strides}")
+
+
+class VideoClips:
+    """Clips of `frames` frames and `size` pixels, cut at random from video files.
+
+    path: a folder (searched recursively for video and image files) or a text file that lists one path a
+        line, relative to itself. Files that are damaged, or too short for a clip, are passed over with one
+        warning that names them; image files and short videos serve as stills.
+    frames: 1 + 4k for the causal tokenizer (checked by the model, not here).
+    size: (height, width) or one number for both. The window cut out has this aspect ratio.
+    labels: the name of a file's parent folder is its class, numbered in sorted order.
+
+    Raises FileFormatError when no usable file is left.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        frames: int = 17,
+        size: int | tuple[int, int] = 128,
+        augmentation: Augmentation = Augmentation(),
+        labels: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if frames < 1:
+            raise ValueError(f"frames: expected at least 1, got {frames}")
+        self.frames, self.seed, self.augmentation = frames, seed, augmentation
+        self.size = (size, size) if isinstance(size, int) else size
+        found = list_files(path)
+        lengths = _frame_counts(found)
+        self.files = [file for file, length in zip(found, lengths, strict=True) if length]
+        self.lengths = [length for length in lengths if length]
+        shortest = (frames - 1) * min(augmentation.strides) + 1
+        self._clips = [i for i, length in enumerate(self.lengths) if length >= shortest]
+        self._warned: set[Path] = set()
+        if not self._clips:
+            raise FileFormatError(
+                f"{path}: no usable video among {len(found)} files: each is damaged or has fewer than "
+                f"{shortest} frames; give longer videos or ask for fewer frames"
+            )
+        if len(self._clips) < len(self.files):
+            log.warning(
+                "%s: %d of %d files are shorter than %d frames and serve as stills only",
+                path, len(self.files) - len(self._clips), len(self.files), shortest,
+            )  # fmt: skip
+        self.class_names = (
+            tuple(sorted({file.parent.name for file in self.files})) if labels else ()
+        )
+
+    @property
+    def num_clips(self) -> int:
+        return len(self._clips)
+
+    @property
+    def num_stills(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """The clip of this draw. A file that cannot be decoded gives way to the next one in the list."""
+        pool: Sequence[int] = range(len(self.files)) if draw.still else self._clips
+        for replaced in range(len(pool)):
+            number = pool[(draw.index + replaced) % len(pool)]
+            rng = np.random.default_rng([self.seed, draw.epoch, draw.index, int(draw.still)])
+            try:
+                video = self._cut(number, 1 if draw.still else self.frames, rng)
+            except FileFormatError as error:
+                self._warn(self.files[number], error)
+                continue
+            return {"video": video, "class_id": self._class(number), "replaced": replaced}
+        raise FileFormatError(
+            f"{self.files[pool[0]].parent}: none of {len(pool)} files can be decoded; "
+            "see the warnings above, re-encode or download them again"
+        )
+
+    def _cut(self, number: int, frames: int, rng: np.random.Generator) -> Tensor:
+        length, options = self.lengths[number], self.augmentation
+        fitting = [s for s in options.strides if (frames - 1) * s < length]
+        stride = int(rng.choice(fitting))
+        start = int(rng.integers(length - (frames - 1) * stride))
+        scale = rng.uniform(*options.crop_scale)
+        place = rng.random(2)
+        mirrored = options.flip and rng.random() < 0.5
+        video = read_video(self.files[number], frames=frames, start=start, stride=stride)
+        video = _window(video, self.size, scale, (place[0], place[1]))
+        return video.flip(-1) if mirrored else video
+
+    def _class(self, number: int) -> int:
+        return self.class_names.index(self.files[number].parent.name) if self.class_names else -1
+
+    def _warn(self, file: Path, error: FileFormatError) -> None:
+        if file not in self._warned:
+            self._warned.add(file)
+            log.warning("skipped: %s", error)
+
+
+class SceneClips:
+    """Rendered scenes (synthetic.py) as a source of clips and stills: entry i is training scene `first + i`."""
+
+    class_names: tuple[str, ...] = ()
+
+    def __init__(
+        self, count: int, *, frames: int = 17, size: int = 64, first: int = TRAIN_SEEDS.start
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"count: expected at least one scene, got {count}")
+        self.num_clips = self.num_stills = count
+        self.frames, self.size, self.first = frames, size, first
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        clip = render_clip(self.first + draw.index, self.frames, self.size)  # uint8 [T, H, W, 3]
+        if draw.still:
+            frame = np.random.default_rng([draw.epoch, draw.index]).integers(self.frames)
+            clip = clip[frame : frame + 1]
+        video = torch.from_numpy(clip).permute(3, 0, 1, 2).float().div_(255.0).contiguous()
+        return {"video": video, "class_id": -1, "replaced": 0}
+
+
+def list_files(path: str | os.PathLike[str]) -> list[Path]:
+    """Video and image files below a folder, sorted; or those that a list file names, in its order."""
+    path = Path(path)
+    if path.is_dir():
+        known = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return [path]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(
+            f"{path}: expected a folder of videos or a text file with a path a line ({error})"
+        ) from error
+    return [path.parent / line.strip() for line in lines if line.strip()]
+
+
+def _frame_counts(files: list[Path]) -> list[int]:
+    """Frames of each file, 0 for those that cannot be read; these are named in one warning."""
+
+    def count(file: Path) -> int | FileFormatError:
+        try:
+            return probe(file).frames
+        except FileFormatError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        counts = list(pool.map(count, files))
+    bad = [str(error) for error in counts if isinstance(error, FileFormatError)]
+    if bad:
+        more = f"\n  ... and {len(bad) - _NAMES_IN_WARNING} more" if len(bad) > _NAMES_IN_WARNING else ""
+        log.warning(
+            "skipped %d of %d files:\n  %s%s",
+            len(bad), len(files), "\n  ".join(bad[:_NAMES_IN_WARNING]), more,
+        )  # fmt: skip
+    return [0 if isinstance(c, FileFormatError) else c for c in counts]
+
+
+def _window(
+    video: Tensor, size: tuple[int, int], scale: float, place: tuple[float, float]
+) -> Tensor:
+    """Cut a window of the target's aspect ratio (scale: share of the largest) and resize it to `size`."""
+    height, width = video.shape[-2:]
+    unit = min(height / size[0], width / size[1]) * scale
+    crop_h = max(1, min(height, round(size[0] * unit)))
+    crop_w = max(1, min(width, round(size[1] * unit)))
+    top = int(place[0] * (height - crop_h + 1))
+    left = int(place[1] * (width - crop_w + 1))
+    window = video[..., top : top + crop_h, left : left + crop_w]
+    return center_crop_resize(window.movedim(0, 1), size).movedim(1, 0).contiguous()

@@ -1,0 +1,332 @@
+"""Token files and shards: what the tokenizer writes once and the masked transformer reads many times.
+
+A token file is safetensors: "ids" [N, T', H', W'] in the narrowest integer type that holds the tokenizer's
+bits, for COMMIT where they differ from "ids" also "condition_ids" (tokens of the padded condition clip), with
+labels "class_ids" [N]. Its metadata carries a header that says which tokenizer made the ids and a checksum.
+A data set of tokens is a folder of such shards and index.json, which is written last: no index, no data set.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from magvit_fast.data.atomic import atomic_path, atomic_write_text
+from magvit_fast.data.order import Draw
+from magvit_fast.errors import FileFormatError
+
+FORMAT = "magvit_fast.tokens"
+VERSION = 1
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class TokenHeader:
+    """Where ids come from and what they mean.
+
+    fingerprint: `tokenizer_fingerprint` of the model that made them. num_bits: ids are in [0, 2**num_bits).
+    grid: (T', H', W') of one clip. video: (T, H, W) of the clip in frames and pixels.
+    """
+
+    fingerprint: str
+    num_bits: int
+    grid: tuple[int, int, int]
+    video: tuple[int, int, int]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TokenHeader:
+        return cls(
+            str(data["fingerprint"]), int(data["num_bits"]), _three(data["grid"]), _three(data["video"])
+        )
+
+
+def _three(values: Iterable[Any]) -> tuple[int, int, int]:
+    first, second, third = (int(v) for v in values)
+    return first, second, third
+
+
+def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
+    """32 hex digits over the names, shapes and float32 values of all weights, whatever their device and dtype."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def id_dtype(num_bits: int) -> torch.dtype:
+    """The narrowest integer type for ids of so many bits."""
+    for bits, dtype in ((8, torch.uint8), (15, torch.int16), (31, torch.int32), (63, torch.int64)):
+        if num_bits <= bits:
+            return dtype
+    raise ValueError(f"num_bits: expected at most 63, got {num_bits}")
+
+
+def save_tokens(
+    path: str | os.PathLike[str],
+    header: TokenHeader,
+    ids: Tensor,
+    *,
+    condition_ids: Tensor | None = None,
+    class_ids: Tensor | None = None,
+) -> str:
+    """Write one token file, whole or not at all; returns its checksum.
+
+    ids, condition_ids: int64 [N, T', H', W'] on header.grid. class_ids: int64 [N].
+    Raises ValueError for ids of another grid or outside the header's range.
+    """
+    tensors = {"ids": _packed("ids", ids, header)}
+    if condition_ids is not None:
+        tensors["condition_ids"] = _packed("condition_ids", condition_ids, header)
+    if class_ids is not None:
+        tensors["class_ids"] = class_ids.to("cpu", torch.int64).contiguous()
+    if any(len(t) != len(ids) for t in tensors.values()):
+        raise ValueError(f"class_ids, condition_ids: expected {len(ids)} entries, as many as ids")
+    checksum = _checksum(tensors)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "header": json.dumps(asdict(header)),
+        "checksum": checksum,
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+    return checksum
+
+
+def load_tokens(
+    path: str | os.PathLike[str], *, fingerprint: str | None = None
+) -> tuple[TokenHeader, dict[str, Tensor]]:
+    """Read a token file: its header and its tensors (ids and condition_ids as int64), checksum verified.
+
+    fingerprint: of the tokenizer that will decode the ids; tokens of any other are refused.
+    Raises FileFormatError for a missing, damaged or foreign file.
+    """
+    path = Path(path)
+    header, metadata = read_header(path)
+    if fingerprint is not None and header.fingerprint != fingerprint:
+        raise FileFormatError(
+            f"{path}: its tokens were made by another tokenizer (fingerprint {header.fingerprint}, "
+            f"expected {fingerprint}); tokenize the videos again with this one"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    if _checksum(tensors) != metadata["checksum"]:
+        raise _damaged(path, "its checksum does not match")
+    ids = tensors.get("ids")
+    if ids is None or tuple(ids.shape[1:]) != header.grid:
+        raise _damaged(path, f"expected ids on the grid {header.grid}")
+    return header, {name: value.long() for name, value in tensors.items()}
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[TokenHeader, dict[str, str]]:
+    """Header and raw metadata of a token file, without reading its ids."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such token file; tokenize the videos first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    if metadata.get("format") != FORMAT:
+        raise FileFormatError(
+            f"{path}: is a safetensors file but holds no tokens of this project; "
+            "give a file written by `magvit-fast tokenize`"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise FileFormatError(
+            f"{path}: token format version {metadata.get('version')}, this release reads {VERSION}; "
+            "tokenize the videos again"
+        )
+    try:
+        header = TokenHeader.from_json(json.loads(metadata["header"]))
+        metadata["checksum"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise _damaged(path, f"its header is incomplete: {error}") from error
+    return header, metadata
+
+
+class TokenShardWriter:
+    """Writes clips of ids into shards of `shard_size`, each appearing whole as soon as it is full.
+
+    name: distinguishes writers that fill one folder together (one a process). `write_index` ends the job.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], header: TokenHeader, *, shard_size: int = 4096, name: str = "000"
+    ) -> None:
+        if shard_size < 1:
+            raise ValueError(f"shard_size: expected at least 1, got {shard_size}")
+        self.folder, self.header, self.shard_size, self.name = Path(folder), header, shard_size, name
+        self.shards: list[dict[str, Any]] = []
+        self._waiting: list[dict[str, Tensor]] = []
+
+    def add(self, ids: Tensor, **extra: Tensor | None) -> None:
+        """Add a batch: ids int64 [B, T', H', W']; extra: condition_ids and class_ids of `save_tokens`."""
+        batch = {"ids": ids, **{name: value for name, value in extra.items() if value is not None}}
+        self._waiting += [{k: v[i].cpu() for k, v in batch.items()} for i in range(len(ids))]
+        while len(self._waiting) >= self.shard_size:
+            self._write(self.shard_size)
+
+    def close(self) -> None:
+        """Write what is left as the last, smaller shard."""
+        if self._waiting:
+            self._write(len(self._waiting))
+
+    def _write(self, count: int) -> None:
+        rows, self._waiting = self._waiting[:count], self._waiting[count:]
+        tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        file = f"tokens-{self.name}-{len(self.shards):05d}.safetensors"
+        checksum = save_tokens(self.folder / file, self.header, **tensors)
+        self.shards.append({"file": file, "count": count, "checksum": checksum})
+
+    def __enter__(self) -> TokenShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+
+
+def write_index(
+    folder: str | os.PathLike[str],
+    header: TokenHeader,
+    shards: list[dict[str, Any]],
+    *,
+    class_names: tuple[str, ...] = (),
+) -> None:
+    """Declare the shards (entries of TokenShardWriter.shards, in order) a complete data set."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "header": asdict(header),
+        "class_names": list(class_names),
+        "shards": shards,
+    }
+    atomic_write_text(Path(folder) / INDEX, json.dumps(content, indent=1) + "\n")
+
+
+class TokenClips:
+    """Reader of a folder of shards. Entries are addressed by draws, as in clips.py (epoch plays no part).
+
+    A shard is verified and kept in memory when first touched (5 kB a clip of 1,280 18-bit ids).
+    fingerprint: refuse tokens of any other tokenizer. Raises FileFormatError.
+    """
+
+    num_stills = 0
+
+    def __init__(self, folder: str | os.PathLike[str], *, fingerprint: str | None = None) -> None:
+        self.folder = Path(folder)
+        index = _read_index(self.folder / INDEX)
+        try:
+            self.header = TokenHeader.from_json(index["header"])
+            self.class_names = tuple(str(name) for name in index["class_names"])
+            self._shards = [
+                (self.folder / str(s["file"]), int(s["count"]), s["checksum"]) for s in index["shards"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(self.folder / INDEX, f"bad entry: {error}") from error
+        if fingerprint is not None and self.header.fingerprint != fingerprint:
+            raise FileFormatError(
+                f"{self.folder}: its tokens were made by another tokenizer (fingerprint "
+                f"{self.header.fingerprint}, expected {fingerprint}); tokenize the videos again"
+            )
+        self._ends = list(itertools.accumulate(count for _, count, _ in self._shards))
+        if not self._ends:
+            raise FileFormatError(f"{self.folder}: holds no tokens; tokenize at least one video")
+        for path, _, checksum in self._shards:
+            header, metadata = read_header(path)
+            if header != self.header or metadata["checksum"] != checksum:
+                raise FileFormatError(
+                    f"{path}: does not belong to {self.folder / INDEX} (it comes from another run); "
+                    "tokenize the videos again into an empty folder"
+                )
+        self._loaded: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def num_clips(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
+        """ids int64 [T', H', W'], and where the data set has them condition_ids and class_ids (a scalar)."""
+        if not 0 <= draw.index < self.num_clips:
+            raise IndexError(f"index: expected 0 to {self.num_clips - 1}, got {draw.index}")
+        number = bisect.bisect_right(self._ends, draw.index)
+        row = draw.index - (self._ends[number - 1] if number else 0)
+        return {name: value[row].long() for name, value in self._shard(number).items()}
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._loaded:
+            path, count, _ = self._shards[number]
+            _, tensors = load_tokens(path)
+            if len(tensors["ids"]) != count:
+                raise _damaged(path, f"expected {count} clips, found {len(tensors['ids'])}")
+            narrow = id_dtype(self.header.num_bits)
+            self._loaded[number] = {
+                k: v if k == "class_ids" else v.to(narrow) for k, v in tensors.items()
+            }
+        return self._loaded[number]
+
+
+def _packed(name: str, ids: Tensor, header: TokenHeader) -> Tensor:
+    if tuple(ids.shape[1:]) != header.grid:
+        raise ValueError(f"{name}: expected [N, {header.grid}], got {tuple(ids.shape)}")
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= 1 << header.num_bits):
+        raise ValueError(
+            f"{name}: expected values in [0, 2**{header.num_bits}), got {int(ids.min())} to {int(ids.max())}"
+        )
+    return ids.to("cpu", id_dtype(header.num_bits)).contiguous()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileFormatError(
+            f"{path}: no such file, so {path.parent} is no finished set of tokens; "
+            "run the tokenization (again, if it was interrupted)"
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise FileFormatError(f"{path}: is no index of token shards of this project")
+    if index.get("version") != VERSION:
+        raise FileFormatError(
+            f"{path}: token format version {index.get('version')}, this release reads {VERSION}; "
+            "tokenize the videos again"
+        )
+    return index
+
+
+def _damaged(path: Path, reason: object) -> FileFormatError:
+    return FileFormatError(f"{path}: is damaged ({reason}); tokenize the videos again")
