@@ -1,7 +1,8 @@
 """A data set of clips over video files, and the same face for rendered scenes.
 
-An item is asked for by a `Draw` (see order.py) and depends on nothing but the data set's settings and that
-draw: no state is carried from item to item, so any number of loader workers gives the same batches.
+An item is asked for by a `Draw` (see order.py) and depends on nothing but the data set's settings
+and that draw: no state is carried from item to item, so any number of loader workers gives the same
+batches.
 """
 
 from __future__ import annotations
@@ -26,15 +27,28 @@ from magvit_fast.errors import FileFormatError
 log = logging.getLogger("magvit_fast")
 
 VIDEO_SUFFIXES = frozenset(
-    [".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"]
+    [
+        ".avi",
+        ".gif",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
+    ]
 )
 IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".webp"])
 _NAMES_IN_WARNING = 20
 
 
 class Sample(TypedDict):
-    """video float32 [3, T, H, W] in [0, 1] (T = 1 for a still); class_id -1 without labels; replaced: how many
-    files could not be decoded and were passed over on the way to this one."""
+    """video float32 [3, T, H, W] in [0, 1] (T = 1 for a still); class_id -1 without labels;
+    replaced: how many files could not be decoded and were passed over on the way to this one."""
 
     video: Tensor
     class_id: int
@@ -55,9 +69,11 @@ class ClipSource(Protocol):
 class Augmentation:
     """How a window is cut out of a video.
 
-    crop_scale: side of the window as a share of the largest one that fits, drawn uniformly from this range.
+    crop_scale: side of the window as a share of the largest one that fits, drawn uniformly from
+        this range.
     flip: mirror left-right in half of the draws.
-    strides: steps between the frames taken, drawn uniformly from those that the video is long enough for.
+    strides: steps between the frames taken, drawn uniformly from those that the video is long
+        enough for.
     """
 
     crop_scale: tuple[float, float] = (0.8, 1.0)
@@ -75,9 +91,9 @@ class Augmentation:
 class VideoClips:
     """Clips of `frames` frames and `size` pixels, cut at random from video files.
 
-    path: a folder (searched recursively for video and image files) or a text file that lists one path a
-        line, relative to itself. Files that are damaged, or too short for a clip, are passed over with one
-        warning that names them; image files and short videos serve as stills.
+    path: a folder (searched recursively for video and image files) or a text file that lists one
+        path a line, relative to itself. Damaged files are passed over with one warning that names
+        them; image files and videos too short for a clip serve as stills.
     frames: 1 + 4k for the causal tokenizer (checked by the model, not here).
     size: (height, width) or one number for both. The window cut out has this aspect ratio.
     labels: the name of a file's parent folder is its class, numbered in sorted order.
@@ -108,8 +124,8 @@ class VideoClips:
         self._warned: set[Path] = set()
         if not self._clips:
             raise FileFormatError(
-                f"{path}: no usable video among {len(found)} files: each is damaged or has fewer than "
-                f"{shortest} frames; give longer videos or ask for fewer frames"
+                f"{path}: no usable video among {len(found)} files: each is damaged or has fewer "
+                f"than {shortest} frames; give longer videos or ask for fewer frames"
             )
         if len(self._clips) < len(self.files):
             log.warning(
@@ -129,7 +145,7 @@ class VideoClips:
         return len(self.files)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        """The clip of this draw. A file that cannot be decoded gives way to the next one in the list."""
+        """The clip of this draw. A file that cannot be decoded gives way to the next in the list."""
         pool: Sequence[int] = range(len(self.files)) if draw.still else self._clips
         for replaced in range(len(pool)):
             number = pool[(draw.index + replaced) % len(pool)]
@@ -167,7 +183,7 @@ class VideoClips:
 
 
 class SceneClips:
-    """Rendered scenes (synthetic.py) as a source of clips and stills: entry i is training scene `first + i`."""
+    """Rendered scenes (synthetic.py) as a source: entry i is the training scene `first + i`."""
 
     class_names: tuple[str, ...] = ()
 
@@ -189,7 +205,7 @@ class SceneClips:
 
 
 def list_files(path: str | os.PathLike[str]) -> list[Path]:
-    """Video and image files below a folder, sorted; or those that a list file names, in its order."""
+    """Video and image files below a folder, sorted; or those a list file names, in its order."""
     path = Path(path)
     if path.is_dir():
         known = VIDEO_SUFFIXES | IMAGE_SUFFIXES
@@ -218,7 +234,11 @@ def _frame_counts(files: list[Path]) -> list[int]:
         counts = list(pool.map(count, files))
     bad = [str(error) for error in counts if isinstance(error, FileFormatError)]
     if bad:
-        more = f"\n  ... and {len(bad) - _NAMES_IN_WARNING} more" if len(bad) > _NAMES_IN_WARNING else ""
+        more = (
+            f"\n  ... and {len(bad) - _NAMES_IN_WARNING} more"
+            if len(bad) > _NAMES_IN_WARNING
+            else ""
+        )
         log.warning(
             "skipped %d of %d files:\n  %s%s",
             len(bad), len(files), "\n  ".join(bad[:_NAMES_IN_WARNING]), more,
@@ -229,7 +249,7 @@ def _frame_counts(files: list[Path]) -> list[int]:
 def _window(
     video: Tensor, size: tuple[int, int], scale: float, place: tuple[float, float]
 ) -> Tensor:
-    """Cut a window of the target's aspect ratio (scale: share of the largest) and resize it to `size`."""
+    """Cut a window of the target's aspect ratio (scale: share of the largest), resize to `size`."""
     height, width = video.shape[-2:]
     unit = min(height / size[0], width / size[1]) * scale
     crop_h = max(1, min(height, round(size[0] * unit)))

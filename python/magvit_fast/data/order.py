@@ -1,7 +1,7 @@
-"""The order of training: which draws make up batch number n. A pure function, so that resuming is exact.
+"""The order of training: which draws make up batch number n. A pure function: resuming is exact.
 
-Batch n is the same whatever the number of processes and loader workers, and whatever ran before it: a run
-that stopped after n batches goes on by asking for batch n.
+Batch n is the same whatever the number of processes and loader workers, and whatever ran before it:
+a run that stopped after n batches goes on by asking for batch n.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 
-class Draw(NamedTuple):
-    """One request to a data set: entry `index` of its clips (or stills), as augmented in this epoch."""
+@dataclass(frozen=True)
+class Draw:
+    """One request to a data set: entry `index` of its clips (or stills), augmented as in `epoch`."""
 
     epoch: int
     index: int
@@ -28,9 +28,9 @@ class Draw(NamedTuple):
 class BatchOrder:
     """Endless shuffled batches; every epoch is a new permutation of all entries.
 
-    num_clips, num_stills: entries of the data set's two pools (clips of many frames; single images).
+    num_clips, num_stills: entries of the data set's two pools (clips of many frames; images).
     batch_size: draws in a batch over all processes together; has to be a multiple of num_processes.
-    still_ratio: share of batches made of stills (frames of a batch share one shape, so it is all or none),
+    still_ratio: share of batches made of stills (a batch has one shape, so it is all or none),
         spread evenly: 0.25 makes every fourth batch one of stills.
     """
 

@@ -1,9 +1,10 @@
-"""Token files and shards: what the tokenizer writes once and the masked transformer reads many times.
+"""Token files and shards: what the tokenizer writes once and the transformer reads many times.
 
-A token file is safetensors: "ids" [N, T', H', W'] in the narrowest integer type that holds the tokenizer's
-bits, for COMMIT where they differ from "ids" also "condition_ids" (tokens of the padded condition clip), with
-labels "class_ids" [N]. Its metadata carries a header that says which tokenizer made the ids and a checksum.
-A data set of tokens is a folder of such shards and index.json, which is written last: no index, no data set.
+A token file is safetensors: "ids" [N, T', H', W'] in the narrowest integer type that holds the
+tokenizer's bits, for COMMIT where they differ from "ids" also "condition_ids" (tokens of the padded
+condition clip), with labels "class_ids" [N]. Its metadata carries a checksum and a header that says
+which tokenizer made the ids. A data set of tokens is a folder of such shards and index.json, which
+is written last: no index, no data set.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ INDEX = "index.json"
 class TokenHeader:
     """Where ids come from and what they mean.
 
-    fingerprint: `tokenizer_fingerprint` of the model that made them. num_bits: ids are in [0, 2**num_bits).
+    fingerprint: `tokenizer_fingerprint` of the model that made them.
+    num_bits: ids are in [0, 2**num_bits).
     grid: (T', H', W') of one clip. video: (T, H, W) of the clip in frames and pixels.
     """
 
@@ -49,7 +51,10 @@ class TokenHeader:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TokenHeader:
         return cls(
-            str(data["fingerprint"]), int(data["num_bits"]), _three(data["grid"]), _three(data["video"])
+            str(data["fingerprint"]),
+            int(data["num_bits"]),
+            _three(data["grid"]),
+            _three(data["video"]),
         )
 
 
@@ -59,7 +64,7 @@ def _three(values: Iterable[Any]) -> tuple[int, int, int]:
 
 
 def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
-    """32 hex digits over the names, shapes and float32 values of all weights, whatever their device and dtype."""
+    """32 hex digits over names, shapes and values (as float32) of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
@@ -110,7 +115,7 @@ def save_tokens(
 def load_tokens(
     path: str | os.PathLike[str], *, fingerprint: str | None = None
 ) -> tuple[TokenHeader, dict[str, Tensor]]:
-    """Read a token file: its header and its tensors (ids and condition_ids as int64), checksum verified.
+    """Read a token file: its header and its tensors (as int64), checksum verified.
 
     fingerprint: of the tokenizer that will decode the ids; tokens of any other are refused.
     Raises FileFormatError for a missing, damaged or foreign file.
@@ -152,8 +157,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[TokenHeader, dict[str, st
         )
     if metadata.get("version") != str(VERSION):
         raise FileFormatError(
-            f"{path}: token format version {metadata.get('version')}, this release reads {VERSION}; "
-            "tokenize the videos again"
+            f"{path}: token format version {metadata.get('version')}, this release reads "
+            f"{VERSION}; tokenize the videos again"
         )
     try:
         header = TokenHeader.from_json(json.loads(metadata["header"]))
@@ -166,20 +171,31 @@ def read_header(path: str | os.PathLike[str]) -> tuple[TokenHeader, dict[str, st
 class TokenShardWriter:
     """Writes clips of ids into shards of `shard_size`, each appearing whole as soon as it is full.
 
-    name: distinguishes writers that fill one folder together (one a process). `write_index` ends the job.
+    name: tells writers apart that fill one folder together (one a process). `write_index` ends the
+    job.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], header: TokenHeader, *, shard_size: int = 4096, name: str = "000"
+        self,
+        folder: str | os.PathLike[str],
+        header: TokenHeader,
+        *,
+        shard_size: int = 4096,
+        name: str = "000",
     ) -> None:
         if shard_size < 1:
             raise ValueError(f"shard_size: expected at least 1, got {shard_size}")
-        self.folder, self.header, self.shard_size, self.name = Path(folder), header, shard_size, name
+        self.folder, self.header, self.shard_size, self.name = (
+            Path(folder),
+            header,
+            shard_size,
+            name,
+        )
         self.shards: list[dict[str, Any]] = []
         self._waiting: list[dict[str, Tensor]] = []
 
     def add(self, ids: Tensor, **extra: Tensor | None) -> None:
-        """Add a batch: ids int64 [B, T', H', W']; extra: condition_ids and class_ids of `save_tokens`."""
+        """Add ids int64 [B, T', H', W']; extra: condition_ids and class_ids of `save_tokens`."""
         batch = {"ids": ids, **{name: value for name, value in extra.items() if value is not None}}
         self._waiting += [{k: v[i].cpu() for k, v in batch.items()} for i in range(len(ids))]
         while len(self._waiting) >= self.shard_size:
@@ -229,7 +245,7 @@ def write_index(
 
 
 class TokenClips:
-    """Reader of a folder of shards. Entries are addressed by draws, as in clips.py (epoch plays no part).
+    """Reader of a folder of shards, addressed by draws as in clips.py (epoch plays no part).
 
     A shard is verified and kept in memory when first touched (5 kB a clip of 1,280 18-bit ids).
     fingerprint: refuse tokens of any other tokenizer. Raises FileFormatError.
@@ -244,7 +260,8 @@ class TokenClips:
             self.header = TokenHeader.from_json(index["header"])
             self.class_names = tuple(str(name) for name in index["class_names"])
             self._shards = [
-                (self.folder / str(s["file"]), int(s["count"]), s["checksum"]) for s in index["shards"]
+                (self.folder / str(s["file"]), int(s["count"]), s["checksum"])
+                for s in index["shards"]
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(self.folder / INDEX, f"bad entry: {error}") from error
@@ -260,8 +277,8 @@ class TokenClips:
             header, metadata = read_header(path)
             if header != self.header or metadata["checksum"] != checksum:
                 raise FileFormatError(
-                    f"{path}: does not belong to {self.folder / INDEX} (it comes from another run); "
-                    "tokenize the videos again into an empty folder"
+                    f"{path}: does not belong to {self.folder / INDEX} (it comes from another "
+                    "run); tokenize the videos again into an empty folder"
                 )
         self._loaded: dict[int, dict[str, Tensor]] = {}
 
@@ -270,7 +287,7 @@ class TokenClips:
         return self._ends[-1]
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        """ids int64 [T', H', W'], and where the data set has them condition_ids and class_ids (a scalar)."""
+        """ids int64 [T', H', W'], where the data set has them condition_ids, class_ids (scalar)."""
         if not 0 <= draw.index < self.num_clips:
             raise IndexError(f"index: expected 0 to {self.num_clips - 1}, got {draw.index}")
         number = bisect.bisect_right(self._ends, draw.index)
@@ -295,7 +312,8 @@ def _packed(name: str, ids: Tensor, header: TokenHeader) -> Tensor:
         raise ValueError(f"{name}: expected [N, {header.grid}], got {tuple(ids.shape)}")
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= 1 << header.num_bits):
         raise ValueError(
-            f"{name}: expected values in [0, 2**{header.num_bits}), got {int(ids.min())} to {int(ids.max())}"
+            f"{name}: expected values in [0, 2**{header.num_bits}), "
+            f"got {int(ids.min())} to {int(ids.max())}"
         )
     return ids.to("cpu", id_dtype(header.num_bits)).contiguous()
 
