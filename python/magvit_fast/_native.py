@@ -12,7 +12,6 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -31,9 +30,11 @@ SYNC = os.environ.get("MAGVIT_FAST_SYNC", "0") not in ("", "0")
 
 _core_error: Exception | None = None
 try:
-    from magvit_fast import _core as _cpu_core
+    from magvit_fast import _core
+
+    _cpu_core: Any = _core
 except ImportError as error:  # a source tree that was never built: the references still work
-    _cpu_core = None  # type: ignore[assignment]
+    _cpu_core = None
     _core_error = error
 
 
@@ -44,7 +45,9 @@ def _initial_isa() -> int:
     cap = os.environ.get("MAGVIT_FAST_MAX_ISA")
     if cap:
         if cap not in ISA_LEVELS:
-            raise ValueError(f"MAGVIT_FAST_MAX_ISA: expected one of {', '.join(ISA_LEVELS)}, got {cap!r}")
+            raise ValueError(
+                f"MAGVIT_FAST_MAX_ISA: expected one of {', '.join(ISA_LEVELS)}, got {cap!r}"
+            )
         level = min(level, ISA_LEVELS.index(cap))
     return level
 
@@ -52,9 +55,7 @@ def _initial_isa() -> int:
 _isa = _initial_isa()
 _default_impl: str = os.environ.get("MAGVIT_FAST_IMPL", "auto")
 if _default_impl not in ("auto", "native", "reference"):
-    raise ValueError(
-        f"MAGVIT_FAST_IMPL: expected auto, native or reference, got {_default_impl!r}"
-    )
+    raise ValueError(f"MAGVIT_FAST_IMPL: expected auto, native or reference, got {_default_impl!r}")
 
 
 def isa() -> int:
@@ -76,7 +77,7 @@ def max_isa(level: str) -> Iterator[str]:
         _isa = before
 
 
-def core() -> ModuleType:
+def core() -> Any:
     """The CPU core."""
     if _cpu_core is None:
         raise NotImplementedError(
@@ -86,7 +87,7 @@ def core() -> ModuleType:
 
 
 @functools.cache
-def _load_cuda_core() -> tuple[ModuleType | None, str]:
+def _load_cuda_core() -> tuple[Any, str]:
     try:
         from magvit_fast import _core_cuda
     except ImportError as error:
@@ -94,7 +95,7 @@ def _load_cuda_core() -> tuple[ModuleType | None, str]:
     return _core_cuda, ""
 
 
-def core_cuda() -> ModuleType:
+def core_cuda() -> Any:
     """The CUDA core, loaded at first use (its runtime is linked statically: loading needs no driver)."""
     module, why = _load_cuda_core()
     if module is None:
@@ -108,7 +109,9 @@ def core_cuda() -> ModuleType:
 def missing_core(device: torch.device) -> str | None:
     """Why no compiled core serves this device, or None."""
     if device.type == "cpu":
-        return None if _cpu_core is not None else f"the compiled CPU core is missing ({_core_error})"
+        return (
+            None if _cpu_core is not None else f"the compiled CPU core is missing ({_core_error})"
+        )
     if device.type == "cuda":
         module, why = _load_cuda_core()
         return None if module is not None else f"this installation has no CUDA kernels ({why})"
@@ -143,11 +146,6 @@ def native_dtype_obstacle(dtype: torch.dtype) -> str | None:
     return f"dtype {dtype} is served by the reference only (native: float32, bfloat16, float16)"
 
 
-def cpu_context() -> tuple[int, int]:
-    """(isa, num_threads) of this call. The OpenMP setting is per thread, so it is passed, not assumed."""
-    return _isa, torch.get_num_threads()
-
-
 def cuda_stream(device: torch.device) -> tuple[int, int]:
     """(device index, raw current stream). Asked for at every launch: graphs and side streams change it."""
     index = device.index if device.index is not None else torch.cuda.current_device()
@@ -155,6 +153,37 @@ def cuda_stream(device: torch.device) -> tuple[int, int]:
     if raw is not None:
         return index, int(raw(index))
     return index, int(torch.cuda.current_stream(index).cuda_stream)
+
+
+def launcher(device: torch.device) -> tuple[Any, int, int]:
+    """(core module, and the two numbers that end every native call) for a device.
+
+    CPU: (isa, num_threads); the OpenMP setting is per thread, so it is passed, not assumed.
+    CUDA: (device index, raw current stream).
+    """
+    if device.type == "cuda":
+        return (core_cuda(), *cuda_stream(device))
+    return core(), _isa, torch.get_num_threads()
+
+
+def finish(device: torch.device) -> None:
+    """With MAGVIT_FAST_SYNC=1, wait for the kernel, so that its error surfaces at its own call."""
+    if SYNC and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def default_impl(impl: Impl) -> Iterator[None]:
+    """What impl="auto" means inside the block (the whole process; for tests and benchmarks)."""
+    global _default_impl
+    if impl not in ("auto", "native", "reference"):
+        raise ValueError(f"impl: expected 'auto', 'native' or 'reference', got {impl!r}")
+    before = _default_impl
+    _default_impl = impl
+    try:
+        yield
+    finally:
+        _default_impl = before
 
 
 def trace(op: str, **facts: object) -> None:

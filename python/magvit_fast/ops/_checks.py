@@ -14,7 +14,9 @@ def describe(x: object) -> str:
     return f"{type(x).__name__} {x!r}"
 
 
-def check_tensor(name: str, x: object, *, ndim: int | None = None, floating: bool = False) -> Tensor:
+def check_tensor(
+    name: str, x: object, *, ndim: int | None = None, floating: bool = False
+) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if ndim is not None and x.dim() != ndim:
@@ -30,7 +32,9 @@ def check_same(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: b
             f"{name}: expected device {other.device} (that of {other_name}), got {x.device}"
         )
     if dtype and x.dtype != other.dtype:
-        raise TypeError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}")
+        raise TypeError(
+            f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}"
+        )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -38,7 +42,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def triple(name: str, value: int | tuple[int, ...] | list[int], *, least: int = 1) -> tuple[int, int, int]:
+def triple(
+    name: str, value: int | tuple[int, ...] | list[int], *, least: int = 1
+) -> tuple[int, int, int]:
     values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
     if len(values) != 3 or min(values) < least:
         raise ValueError(f"{name}: expected an int or three ints, each >= {least}, got {value!r}")

@@ -1,18 +1,154 @@
-"""lfq_quantize: reference only for now."""
+"""lfq_quantize: look-up-free quantization, the sign of every channel and the packed bits.
+
+Next hop: `_core.lfq_quantize_forward` / `_core_cuda.lfq_quantize_forward` (csrc/lfq_quantize).
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from magvit_fast import _native
+from magvit_fast.ops import _checks
 
-def lfq_quantize(z: Tensor, *, channel_dim: int = 1, bit_order: str = "lsb", impl: str = "auto") -> tuple[Tensor, Tensor]:
+# --- contract ---------------------------------------------------------------------------------
+# z [..., D at channel_dim, ...] -> quantized, shape, dtype and strides of z, in {-1, +1};
+# indices int64, shape of z without the channel axis.
+# quantized = +1 where z > 0, else -1 (so 0 and NaN give -1; the paper's convention).
+# index = sum over channels c of 2**bit(c) * [z_c > 0], bit(c) = c ("lsb") or D - 1 - c ("msb").
+
+MAX_CHANNELS = 63  # the bits of a non-negative int64
+
+
+# --- reference --------------------------------------------------------------------------------
+def reference(z: Tensor, channel_dim: int, bit_order: str) -> tuple[Tensor, Tensor]:
+    """Plain torch, any floating dtype; no gradient (the straight-through estimator is outside)."""
     positive = z > 0
-    sign = torch.where(positive, 1.0, -1.0).to(z.dtype)
-    quantized = z + (sign - z).detach() if z.requires_grad else sign
-    d = z.shape[channel_dim]
-    powers = 2 ** torch.arange(d, device=z.device)
+    one = torch.ones((), dtype=z.dtype, device=z.device)
+    quantized = torch.where(positive, one, -one)
+    powers = 2 ** torch.arange(z.shape[channel_dim], device=z.device)
     if bit_order == "msb":
         powers = powers.flip(0)
-    indices = (positive.movedim(channel_dim, -1) * powers).sum(-1)
+    return quantized, (positive.movedim(channel_dim, -1) * powers).sum(-1)
+
+
+# --- schema and fake --------------------------------------------------------------------------
+_native.LIB.define("lfq_quantize(Tensor z, int channel_dim, bool msb_first) -> (Tensor, Tensor)")
+
+
+def _index_shape(z: Tensor, channel_dim: int) -> list[int]:
+    return [n for axis, n in enumerate(z.shape) if axis != channel_dim]
+
+
+@torch.library.register_fake("magvit_fast::lfq_quantize", lib=_native.LIB)
+def _fake(z: Tensor, channel_dim: int, msb_first: bool) -> tuple[Tensor, Tensor]:
+    indices = z.new_empty(_index_shape(z, channel_dim), dtype=torch.int64)
+    return torch.empty_like(z), indices
+
+
+# --- launch -----------------------------------------------------------------------------------
+def _as_outer_channel_inner(z: Tensor, axis: int) -> tuple[int, int, int, int, int, int] | None:
+    """(outer, channels, inner) and their strides, if z is such a block in memory, else None."""
+    before, after = z.shape[:axis], z.shape[axis + 1 :]
+    outer, inner = before.numel(), after.numel()
+
+    def merged_stride(first: int, last: int) -> int | None:
+        """The one stride that walks axes first..last-1 in order, if there is one."""
+        stride, expected = 1, None
+        for a in reversed(range(first, last)):
+            if z.shape[a] == 1:
+                continue
+            if expected is None:
+                stride = z.stride(a)
+            elif z.stride(a) != expected:
+                return None
+            expected = z.stride(a) * z.shape[a]
+        return stride
+
+    outer_stride, inner_stride = merged_stride(0, axis), merged_stride(axis + 1, z.dim())
+    if outer_stride is None or inner_stride is None:
+        return None
+    return outer, z.shape[axis], inner, outer_stride, z.stride(axis), inner_stride
+
+
+def _launch(z: Tensor, channel_dim: int, msb_first: bool) -> tuple[Tensor, Tensor]:
+    layout = None
+    quantized = torch.empty_like(z)
+    if quantized.stride() == z.stride():  # dense: the kernel walks z and quantized alike
+        layout = _as_outer_channel_inner(z, channel_dim)
+    if layout is None:
+        z = z.contiguous()
+        quantized = torch.empty_like(z)
+        layout = _as_outer_channel_inner(z, channel_dim)
+    assert layout is not None  # a contiguous tensor always has one
+    indices = z.new_empty(_index_shape(z, channel_dim), dtype=torch.int64)
+    _native.trace("lfq_quantize", shape=tuple(z.shape), dtype=z.dtype, device=z.device)
+    core, where, how = _native.launcher(z.device)
+    core.lfq_quantize_forward(
+        z.data_ptr(), quantized.data_ptr(), indices.data_ptr(), *layout,
+        _native.dtype_code(z.dtype), msb_first, where, how,
+    )  # fmt: skip
+    _native.finish(z.device)
     return quantized, indices
+
+
+_native.LIB.impl("lfq_quantize", _launch, "CPU")
+_native.LIB.impl("lfq_quantize", _launch, "CUDA")
+_OP = torch.ops.magvit_fast.lfq_quantize.default
+
+
+# --- autograd ---------------------------------------------------------------------------------
+class _StraightThrough(torch.autograd.Function):
+    """d quantized / d z = 1 (the straight-through estimator, MAGVIT-v2 section 3.1)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, channel_dim: int, bit_order: str, native: bool
+    ) -> tuple[Tensor, Tensor]:
+        if native:
+            quantized, indices = _OP(z, channel_dim, bit_order == "msb")
+        else:
+            quantized, indices = reference(z, channel_dim, bit_order)
+        ctx.mark_non_differentiable(indices)
+        return quantized, indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
+
+
+# --- public -----------------------------------------------------------------------------------
+def lfq_quantize(
+    z: Tensor, *, channel_dim: int = 1, bit_order: str = "lsb", impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Quantize every channel to its sign and pack the signs into an index.
+
+    Args:
+        z: [..., D, ...] with the D <= 63 bits at `channel_dim`; any floating dtype, any strides.
+        bit_order: "lsb": channel 0 is the least significant bit (MAGVIT-v2's formula, the port of
+            Google, Open-MAGVIT2); "msb": the most significant (vector-quantize-pytorch).
+        impl: "auto", "native" or "reference".
+
+    Returns:
+        quantized in {-1, +1}, like z, with the straight-through gradient; and indices, int64, the
+        shape of z without its channel axis. z <= 0 gives -1 (paper; Google's port gives +1 at 0).
+
+    Raises:
+        ValueError: more than 63 channels, an unknown bit order or an axis out of range.
+        TypeError: z is not a floating-point tensor.
+        NotImplementedError: impl="native" where no kernel serves the dtype or device.
+
+    Source: MAGVIT-v2 (arXiv 2310.05737) section 3.1.
+    """
+    _checks.check_tensor("z", z, floating=True)
+    axis = _checks.channel_axis(z, channel_dim)
+    _checks.check_choice("bit_order", bit_order, ("lsb", "msb"))
+    if not 1 <= z.shape[axis] <= MAX_CHANNELS:
+        raise ValueError(
+            f"z: expected 1 to {MAX_CHANNELS} channels at dim {axis}, got {z.shape[axis]}"
+        )
+    obstacle = _native.native_dtype_obstacle(z.dtype) or _native.missing_core(z.device)
+    native = _native.use_native("lfq_quantize", impl, obstacle)
+    return _StraightThrough.apply(z, axis, bit_order, native)  # type: ignore[no-any-return]

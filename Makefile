@@ -1,0 +1,62 @@
+# The commands of the README. Everything is installed into .venv from the project's own files.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test bench gpu dev lint cuda-compile asan clean
+
+help:
+	@echo "make demo   install into .venv, run the demo, results in demo_out/"
+	@echo "make test   install into .venv, run the default test suite"
+	@echo "make bench  kernels against PyTorch (pytest-benchmark), table and JSON in benchmarks/results/"
+	@echo "make gpu    on a machine with a GPU: build, CUDA tests, all GPU benchmarks"
+	@echo "make dev    build the cores beside the Python sources (PYTHONPATH=python)"
+	@echo "make lint   ruff, mypy, clang-format"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+
+# torch first: the pinned version, so that no resolver looks for a newer one.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt) numpy
+	@touch $@
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python -type f \
+	-not -name '*.so' -not -path '*__pycache__*' 2>/dev/null)
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) '.[video,train,metrics,hub,cli,bench,test]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/magvit-fast demo --out demo_out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.run
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu_session
+
+dev:
+	cmake --preset dev && cmake --build --preset dev
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# CUDA sources must compile, with warnings as errors, on machines without a GPU.
+cuda-compile:
+	cmake --preset ci && cmake --build --preset ci
+
+asan:
+	cmake --preset asan && cmake --build --preset asan
+
+clean:
+	rm -rf build $(VENV) demo_out

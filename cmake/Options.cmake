@@ -1,0 +1,20 @@
+# What a user may choose at configure time.
+set(MAGVIT_FAST_CUDA "AUTO" CACHE STRING "CUDA kernels: AUTO (if a compiler is found), ON (required), OFF")
+set_property(CACHE MAGVIT_FAST_CUDA PROPERTY STRINGS AUTO ON OFF)
+if(NOT MAGVIT_FAST_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "MAGVIT_FAST_CUDA: expected AUTO, ON or OFF, got '${MAGVIT_FAST_CUDA}'")
+endif()
+set(MAGVIT_FAST_CUDA_ARCHS "80;90a" CACHE STRING "CUDA architectures (80 also carries PTX for later ones)")
+option(MAGVIT_FAST_WERROR "Treat warnings as errors" OFF)
+option(MAGVIT_FAST_INPLACE "Put the cores beside the Python sources (development)" OFF)
+set(MAGVIT_FAST_SANITIZE "" CACHE STRING "Sanitizers for the CPU core, e.g. address;undefined")
+
+set(CMAKE_CXX_STANDARD 17)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS ON)  # vector extensions, and fused multiply-add contraction
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+if(NOT CMAKE_BUILD_TYPE)
+  set(CMAKE_BUILD_TYPE Release)
+endif()

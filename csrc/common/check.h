@@ -1,0 +1,15 @@
+// Checks of what reaches a kernel's door; the caller in Python has checked shapes already.
+// Previous hop: bindings.cpp and the entry points of an op.
+// Next hop: pybind11 turns std::invalid_argument into ValueError, std::runtime_error into RuntimeError.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace magvit_fast {
+
+inline void check(bool condition, const char* text) {
+  if (!condition) throw std::invalid_argument(text);
+}
+
+}  // namespace magvit_fast

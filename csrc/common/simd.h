@@ -1,0 +1,106 @@
+// Vectors of float32 at the width of the level being compiled: one source for 4, 8 and 16 lanes.
+// Previous hop: *.simd.cpp only (MF_ISA names the namespace).
+// Next hop: compiler vector extensions; intrinsics only where the compiler has no words for it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/half.h"
+#include "common/shape.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace magvit_fast {
+namespace MF_ISA {
+
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+constexpr int kLanes = 16;
+#elif defined(MF_ISA_avx2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t vh __attribute__((vector_size(kLanes * 2)));
+
+static inline vf splat(float x) { return x - vf{}; }
+
+template <class V>
+static inline V load_as(const void* p) {  // unaligned
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+static inline void store_as(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+static inline vf load(const float* p) { return load_as<vf>(p); }
+static inline vf load(const bf16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+static inline vf load(const f16_t* p) {
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+  return (vf)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(MF_ISA_avx2)
+  return (vf)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+static inline void store(float* p, vf v) { store_as(p, v); }
+static inline void store(bf16_t* p, vf v) {
+  // Not the bf16 conversion instruction: that one flushes subnormals, and all levels must agree.
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu quiet = (u >> 16) | 0x40u;
+  const vi is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+  const vu bits = is_nan ? quiet : rounded;
+  store_as(p, __builtin_convertvector(bits, vh));
+}
+static inline void store(f16_t* p, vf v) {
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+  store_as(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(MF_ISA_avx2)
+  store_as(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<f16_t>(v[i]);
+#endif
+}
+
+// The first n lanes (n < kLanes); the rest are zero on loading and untouched on storing.
+template <class T>
+static inline vf load_some(const T* p, int n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, sizeof(T) * static_cast<unsigned>(n));
+  return load(buffer);
+}
+template <class T>
+static inline void store_some(T* p, vf v, int n) {
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, sizeof(T) * static_cast<unsigned>(n));
+}
+
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+static inline vf min(vf a, vf b) { return a < b ? a : b; }
+static inline float sum_lanes(vf v) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+static inline float max_lanes(vf v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+}  // namespace MF_ISA
+}  // namespace magvit_fast

@@ -1,0 +1,60 @@
+// lfq_quantize on CUDA: one thread a position, one pass over memory.
+// Previous hop: bindings.cpp.
+// Next hop: none.
+//
+// z is read once and written once as signs: bound by bandwidth, or by launch below about 1e6 elements.
+// Channels-first reads are coalesced as they come; channels-last rows of a warp are neighbors, so the
+// cache lines of a row are fully used across the channel loop.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/cuda/launch.cuh"
+#include "lfq_quantize/lfq_quantize.h"
+
+namespace magvit_fast::cuda {
+namespace {
+
+template <class T>
+__global__ void lfq_quantize_kernel(LfqQuantizeParams p) {
+  const index_t positions = p.outer * p.inner;
+  const index_t step = static_cast<index_t>(gridDim.x) * blockDim.x;
+  for (index_t position = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       position < positions; position += step) {
+    const index_t o = position / p.inner, i = position % p.inner;
+    const index_t base = o * p.outer_stride + i * p.inner_stride;
+    const T* z = static_cast<const T*>(p.z) + base;
+    T* q = static_cast<T*>(p.quantized) + base;
+    std::int64_t word = 0;
+    for (index_t c = 0; c < p.channels; ++c) {
+      const bool positive = static_cast<float>(z[c * p.channel_stride]) > 0.0f;
+      q[c * p.channel_stride] = static_cast<T>(positive ? 1.0f : -1.0f);
+      word |= static_cast<std::int64_t>(positive) << lfq_bit(c, p.channels, p.msb_first);
+    }
+    p.indices[position] = word;
+  }
+}
+
+}  // namespace
+
+void lfq_quantize_forward(const LfqQuantizeParams& params, const ExecContext& ctx) {
+  const index_t positions = params.outer * params.inner;
+  if (positions == 0) return;
+  const DeviceGuard guard(ctx, "lfq_quantize");
+  constexpr int kThreads = 256;
+  const index_t wanted = ceil_div(positions, static_cast<index_t>(kThreads));
+  const unsigned blocks = static_cast<unsigned>(wanted < 65536 ? wanted : 65536);
+  switch (params.dtype) {
+    case DType::f32:
+      lfq_quantize_kernel<float><<<blocks, kThreads, 0, stream_of(ctx)>>>(params);
+      break;
+    case DType::bf16:
+      lfq_quantize_kernel<__nv_bfloat16><<<blocks, kThreads, 0, stream_of(ctx)>>>(params);
+      break;
+    case DType::f16:
+      lfq_quantize_kernel<__half><<<blocks, kThreads, 0, stream_of(ctx)>>>(params);
+      break;
+  }
+  guard.finish();
+}
+
+}  // namespace magvit_fast::cuda
