@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,20 @@ from magvit_fast import _native
 from magvit_fast.ops._checks import check_same, check_tensor
 
 _NO_KERNEL = "this op has no native kernel yet; its reference serves every device"
+
+
+def _centered(x: Tensor, num_groups: int) -> Tensor:
+    """x [N, C, ...] less the mean of its group.
+
+    PyTorch's channels-last kernel takes the variance as E[x^2] - E[x]^2, which loses digits when the mean is not
+    small: 4e-5 in float32 at a mean of five deviations. Group norm does not change under a shift of its
+    group, so that the mean may be removed first and without a gradient.
+    """
+    n, channels = x.shape[:2]
+    mean = x.detach().flatten(2).mean(2, dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = mean.view(n, num_groups, -1).mean(2, keepdim=True)
+    mean = mean.expand(n, num_groups, channels // num_groups).reshape(n, channels)
+    return x - mean.to(x.dtype).view(n, channels, *[1] * (x.dim() - 2))
 
 
 def reference(
@@ -39,10 +54,10 @@ def reference(
         b, _, t = x.shape[:3]
         # [B*T, C, H, W]: a view for channels-last input, and then PyTorch's channels-last kernel runs.
         frames = x.transpose(1, 2).flatten(0, 1)
-        y = F.group_norm(frames, num_groups, weight, bias, eps)
+        y = F.group_norm(_centered(frames, num_groups), num_groups, weight, bias, eps)
         y = y.unflatten(0, (b, t)).transpose(1, 2)
     else:
-        y = F.group_norm(x, num_groups, weight, bias, eps)
+        y = F.group_norm(_centered(x, num_groups), num_groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + scale)
     if shift is not None:
