@@ -1,6 +1,7 @@
 """magvit_fast: masked video generation (MAGVIT, MAGVIT-v2, MaskViT) on compiled kernels."""
 
 from magvit_fast.ops import (
+    blur_pool3d,
     causal_conv3d,
     confidence_remask,
     depth_to_space3d,
@@ -14,6 +15,7 @@ from magvit_fast.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "blur_pool3d",
     "causal_conv3d",
     "confidence_remask",
     "depth_to_space3d",

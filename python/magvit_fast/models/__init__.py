@@ -1,5 +1,15 @@
 """The models: one file a system."""
 
+from magvit_fast.models.discriminator import Discriminator3D, DiscriminatorConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer, TokenizerOutput
+from magvit_fast.models.masked_transformer import MaskedTransformer, MaskedTransformerConfig
 
-__all__ = ["MagvitV2Config", "MagvitV2Tokenizer", "TokenizerOutput"]
+__all__ = [
+    "Discriminator3D",
+    "DiscriminatorConfig",
+    "MagvitV2Config",
+    "MagvitV2Tokenizer",
+    "MaskedTransformer",
+    "MaskedTransformerConfig",
+    "TokenizerOutput",
+]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from magvit_fast.models.checkpoint import PretrainedMixin
 from magvit_fast.nn.embedding import TokenEmbedding
 from magvit_fast.nn.transformer import PostNormLayer
 
@@ -97,7 +98,7 @@ class MaskedLanguageHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(x), approximate="tanh")), table, self.bias)
 
 
-class MaskedTransformer(nn.Module):
+class MaskedTransformer(PretrainedMixin, nn.Module):
     """Predicts every visual token from a partly masked grid.
 
     Original BERT: post-layer-norm, learned absolute positions (prefix included), embedding sum -> LayerNorm
@@ -108,6 +109,8 @@ class MaskedTransformer(nn.Module):
     unconditional and MASK; two heads of Dense + LayerNorm 2 x 1,051,648 and 2 x 512 biases. The tied
     output matrices are the input tables and count once.
     """
+
+    config_class = MaskedTransformerConfig
 
     def __init__(self, config: MaskedTransformerConfig) -> None:
         super().__init__()

@@ -33,6 +33,42 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_token_groups": 2,
         },
     },
+    "MaskedTransformer": {
+        # MAGVIT-v2's transformer for 17x128x128 video: 306.9M parameters with 101 classes (num_classes=101).
+        "magvit-v2-l": {
+            "hidden_size": 1024,
+            "num_layers": 24,
+            "num_heads": 16,
+            "mlp_size": 4096,
+            "grid": (5, 16, 16),
+            "num_subtokens": 2,
+            "subtoken_size": 512,
+        },
+        # The model of `magvit-fast demo`: 320 tokens of 12 bits.
+        "magvit-v2-demo": {
+            "hidden_size": 256,
+            "num_layers": 6,
+            "num_heads": 4,
+            "mlp_size": 1024,
+            "grid": (5, 8, 8),
+            "num_subtokens": 2,
+            "subtoken_size": 64,
+        },
+    },
+    "Discriminator3D": {
+        # The published one for 17x128x128: 61,341,569 parameters.
+        "magvit-v2-base": {
+            "clip": (17, 128, 128),
+            "filters": 128,
+            "channel_multipliers": (2, 4, 4, 4, 4),
+        },
+        # For training the demo's tokenizer.
+        "magvit-v2-demo": {
+            "clip": (17, 64, 64),
+            "filters": 16,
+            "channel_multipliers": (2, 4, 4, 4),
+        },
+    },
 }
 
 

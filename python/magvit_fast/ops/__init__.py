@@ -1,5 +1,6 @@
 """The ops: one file each, one name from here down to the kernels."""
 
+from magvit_fast.ops.blur_pool3d import blur_pool3d
 from magvit_fast.ops.causal_conv3d import causal_conv3d
 from magvit_fast.ops.confidence_remask import confidence_remask
 from magvit_fast.ops.depth_to_space3d import depth_to_space3d
@@ -10,6 +11,7 @@ from magvit_fast.ops.lfq_entropy import lfq_entropy
 from magvit_fast.ops.lfq_quantize import lfq_quantize
 
 __all__ = [
+    "blur_pool3d",
     "causal_conv3d",
     "confidence_remask",
     "depth_to_space3d",

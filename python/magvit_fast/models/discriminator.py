@@ -1,0 +1,131 @@
+"""The 3D discriminator of MAGVIT-v2: StyleGAN residual blocks with blur pooling.
+
+Source: MAGVIT-v2 figure 7 and appendix A.2; block order, padding and flattening as in Google's released layers.
+Not causal: all convolutions are zero-padded on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magvit_fast import ops
+from magvit_fast.models.checkpoint import PretrainedMixin
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Shape of a Discriminator3D. The default is the published one for 17x128x128 (61,341,569 parameters).
+
+    clip: (T, H, W) of the videos; the first dense layer fixes it. filters: width f of the first layer; every
+    block halves t, h and w (rounding up) and widens to f * multiplier. blur_size: taps of the blur filter.
+    """
+
+    clip: tuple[int, int, int] = (17, 128, 128)
+    in_channels: int = 3
+    filters: int = 128
+    channel_multipliers: tuple[int, ...] = (2, 4, 4, 4, 4)
+    blur_size: int = 3
+    negative_slope: float = 0.2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clip", tuple(int(n) for n in self.clip))
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        if len(self.clip) != 3 or min(self.clip) < 1:
+            raise ValueError(f"clip: expected three positive ints (T, H, W), got {self.clip}")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(
+                f"channel_multipliers: expected one or more positive ints, got {self.channel_multipliers}"
+            )
+        for name in ("in_channels", "filters", "blur_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+
+    @property
+    def final_grid(self) -> tuple[int, int, int]:
+        """(t, h, w) after all blocks."""
+        shrink = 2 ** len(self.channel_multipliers)
+        t, h, w = (math.ceil(n / shrink) for n in self.clip)
+        return t, h, w
+
+
+class DiscriminatorBlock(nn.Module):
+    """(main + skip) / sqrt(2); [B, C, T, H, W] -> [B, out, ceil(T/2), ceil(H/2), ceil(W/2)].
+
+    main: conv 3x3x3 (C -> C), LeakyReLU, blur pooling, conv 3x3x3 (C -> out), LeakyReLU. skip: blur pooling, conv
+    1x1x1 without bias.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, *, blur_size: int = 3, negative_slope: float = 0.2
+    ) -> None:
+        super().__init__()
+        self.conv_first = SameConv3d(channels, channels, 3)
+        self.conv_last = SameConv3d(channels, out_channels, 3)
+        self.conv_skip = SameConv3d(channels, out_channels, 1, bias=False)
+        self.blur_size = blur_size
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        main = F.leaky_relu(self.conv_first(x), self.negative_slope)
+        main = self.conv_last(ops.blur_pool3d(main, filter_size=self.blur_size))
+        main = F.leaky_relu(main, self.negative_slope)
+        skip: Tensor = self.conv_skip(ops.blur_pool3d(x, filter_size=self.blur_size))
+        return (main + skip) * math.sqrt(0.5)
+
+
+class SameConv3d(nn.Module):
+    """A convolution with stride 1, odd kernel and zeros on both sides, through `ops.causal_conv3d`."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.padding = (kernel // 2,) * 6
+        self.weight = nn.Parameter(torch.empty(out_channels, channels, kernel, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.causal_conv3d(x, self.weight, self.bias, padding=self.padding)
+
+
+class Discriminator3D(PretrainedMixin, nn.Module):
+    """Real or generated: [B, C, T, H, W] in [0, 1] -> logits [B, 1]. Twice differentiable (R1)."""
+
+    config_class = DiscriminatorConfig
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.filters * m for m in (1, *config.channel_multipliers)]
+        self.conv_in = SameConv3d(config.in_channels, widths[0], 3)
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(
+                width, out, blur_size=config.blur_size, negative_slope=config.negative_slope
+            )
+            for width, out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.conv_out = SameConv3d(widths[-1], widths[-1], 3)
+        self.dense = nn.Linear(widths[-1] * math.prod(config.final_grid), widths[-1])
+        self.logit = nn.Linear(widths[-1], 1)
+        for layer in (self.dense, self.logit):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, video: Tensor) -> Tensor:
+        expected = (self.config.in_channels, *self.config.clip)
+        if video.dim() != 5 or tuple(video.shape[1:]) != expected:
+            raise ValueError(
+                f"video: expected [B, {', '.join(map(str, expected))}], got {tuple(video.shape)}"
+            )
+        slope = self.config.negative_slope
+        x = F.leaky_relu(self.conv_in(video), slope)
+        for block in self.blocks:
+            x = block(x)
+        x = F.leaky_relu(self.conv_out(x), slope)
+        x = x.permute(0, 2, 3, 4, 1).flatten(1)  # [B, t*h*w*c], the order of the released weights
+        logits: Tensor = self.logit(F.leaky_relu(self.dense(x), slope))
+        return logits

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import magvit_fast as mf
+
+GOLDEN = Path(__file__).parents[1] / "data" / "goldens" / "magvit_v2" / "blur_pool.npz"
+CASES = (
+    "k3_even", "k3_odd", "k3_t1", "k3_1x1x1", "k3_2x2x2", "k4_even", "k4_odd", "k5_odd", "k2_even",
+)  # fmt: skip
+
+
+def channels_first(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).permute(0, 4, 1, 2, 3)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_golden_values_and_gradients_are_exact(case: str, dtype: torch.dtype) -> None:
+    golden = np.load(GOLDEN)
+    x, y, dy, dx = (channels_first(golden[f"{case}/{k}"]).to(dtype) for k in ("x", "y", "dy", "dx"))
+    size = int(golden[f"{case}/filter_size"])
+    x.requires_grad_()
+    out = mf.blur_pool3d(x, filter_size=size)
+    assert torch.equal(out, y)
+    assert torch.equal(torch.autograd.grad(out, x, dy)[0], dx)
+    ones = mf.blur_pool3d(torch.ones_like(x), filter_size=size)
+    assert torch.equal(ones, channels_first(golden[f"{case}/y_of_ones"]).to(dtype))
+
+
+def test_every_golden_case_is_tested() -> None:
+    assert {name.split("/")[0] for name in np.load(GOLDEN).files} == set(CASES)
+
+
+def test_gradients_of_both_orders() -> None:
+    x = torch.randn(1, 2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(mf.blur_pool3d, x)
+    assert torch.autograd.gradgradcheck(lambda v: mf.blur_pool3d(v).square(), x)
+
+
+def test_strides_formats_and_empty_batches() -> None:
+    x = torch.randn(2, 3, 5, 6, 7)
+    expected = mf.blur_pool3d(x)
+    strided = x.contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(mf.blur_pool3d(strided), expected)
+    assert mf.blur_pool3d(x, (1, 2, 2)).shape == (2, 3, 5, 3, 4)
+    assert mf.blur_pool3d(x[:0]).shape == (0, 3, 3, 3, 4)
+    assert mf.blur_pool3d(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.compile
+def test_fullgraph_compile() -> None:
+    x = torch.randn(1, 3, 5, 6, 7)
+    compiled = torch.compile(mf.blur_pool3d, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), mf.blur_pool3d(x))
+
+
+def test_bad_input() -> None:
+    x = torch.randn(1, 3, 5, 6, 7)
+    with pytest.raises(ValueError, match="x: expected 5 dimensions"):
+        mf.blur_pool3d(x[0])
+    with pytest.raises(TypeError, match="x: expected a floating-point dtype"):
+        mf.blur_pool3d(x.int())
+    with pytest.raises(ValueError, match="stride: expected"):
+        mf.blur_pool3d(x, 0)
+    with pytest.raises(ValueError, match="filter_size: expected 1 or more"):
+        mf.blur_pool3d(x, filter_size=0)
+    with pytest.raises(ValueError, match="non-empty time and space"):
+        mf.blur_pool3d(x[:, :, :0])
+    with pytest.raises(NotImplementedError, match="blur_pool3d"):
+        mf.blur_pool3d(x, impl="native")
