@@ -43,6 +43,9 @@ bench: $(VENV)/.installed
 gpu:
 	$(PYTHON) -m benchmarks.gpu_session
 
+# cmake and ninja come with the development extra, so the presets find them in .venv first.
+dev cuda-compile asan: export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 dev:
 	cmake --preset dev && cmake --build --preset dev
 
@@ -52,7 +55,7 @@ lint: $(VENV)/.installed
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # CUDA sources must compile, with warnings as errors, on machines without a GPU.
-cuda-compile:
+cuda-compile: $(VENV)/.installed
 	cmake --preset ci && cmake --build --preset ci
 
 asan:

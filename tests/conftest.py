@@ -1,0 +1,40 @@
+"""Shared set-up: CUDA tests are skipped with a reason where there is no device; ISA levels as a fixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from magvit_fast import _native
+
+# Deadlines measure the machine, not the code; a fixed derandomized profile keeps CI reproducible.
+hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+def _levels() -> list[str]:
+    return list(_native.ISA_LEVELS[: _native.isa() + 1])
+
+
+@pytest.fixture(params=_levels())
+def isa_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set that this machine has."""
+    with _native.max_isa(request.param) as level:
+        yield level
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
