@@ -1,5 +1,6 @@
 """magvit_fast: masked video generation (MAGVIT, MAGVIT-v2, MaskViT) on compiled kernels."""
 
+from magvit_fast.info import Info, info
 from magvit_fast.ops import (
     blur_pool3d,
     causal_conv3d,
@@ -16,11 +17,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "blur_pool3d",
+    "Info",
     "causal_conv3d",
     "confidence_remask",
     "depth_to_space3d",
     "factorized_embedding",
     "group_norm_silu",
+    "info",
     "lfq_codes",
     "lfq_entropy",
     "lfq_quantize",
