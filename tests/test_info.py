@@ -76,7 +76,8 @@ def test_reports_a_missing_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "core", missing)
     monkeypatch.setattr(_native, "core_cuda", missing)
     facts = mf.info()
-    assert facts.isa_built == "none" and facts.cuda_core == "not built"
+    assert facts.isa_built == "none"
+    assert facts.cuda_core == "not built"
     assert "not built" in facts.compiler
 
 

@@ -82,19 +82,6 @@ def current_impl() -> str:
     return _default_impl
 
 
-@contextlib.contextmanager
-def default_impl(impl: str) -> Iterator[None]:
-    """Let `impl="auto"` mean `impl` inside the block: one switch for every op of a whole model."""
-    global _default_impl
-    if impl not in ("auto", "native", "reference"):
-        raise ValueError(f"impl: expected 'auto', 'native' or 'reference', got {impl!r}")
-    before, _default_impl = _default_impl, impl
-    try:
-        yield
-    finally:
-        _default_impl = before
-
-
 def core() -> Any:
     """The CPU core."""
     if _cpu_core is None:

@@ -25,6 +25,18 @@ def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
+def _write_half(path: Path, error: BaseException) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+
+
+def _fill_half(path: Path, error: BaseException) -> None:
+    with atomic_directory(path) as temporary:
+        (temporary / "weights").write_text("half")
+        raise error
+
+
 def test_writes_and_replaces(tmp_path: Path) -> None:
     target = tmp_path / "new" / "folder" / "file.txt"
     atomic_write_text(target, "one")
@@ -35,7 +47,8 @@ def test_writes_and_replaces(tmp_path: Path) -> None:
 
 def test_temporary_is_beside_and_keeps_the_suffix(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "clip.mp4") as temporary:
-        assert temporary.parent == tmp_path and temporary.suffix == ".mp4"
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".mp4"
         assert temporary.name.startswith(".")
         temporary.write_bytes(b"x")
 
@@ -52,9 +65,8 @@ def test_exception_keeps_the_old_content(tmp_path: Path, old: bytes | None) -> N
     target = tmp_path / "file"
     if old is not None:
         target.write_bytes(old)
-    with pytest.raises(KeyError, match="mine"), atomic_path(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise KeyError("mine")
+    with pytest.raises(KeyError, match="mine"):
+        _write_half(target, KeyError("mine"))
     assert (target.read_bytes() if target.exists() else None) == old
     assert _names(tmp_path) == (["file"] if old else [])
 
@@ -63,9 +75,8 @@ def test_full_disk(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_bytes(b"old")
     message = f"cannot write {target}: No space left on device"
-    with pytest.raises(FileWriteError, match=message), atomic_path(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+    with pytest.raises(FileWriteError, match=message):
+        _write_half(target, OSError(errno.ENOSPC, "No space left on device", "temporary"))
     assert target.read_bytes() == b"old"
     assert _names(tmp_path) == ["file"]
 
@@ -145,12 +156,8 @@ def test_directory_is_made_and_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_directory_exception_keeps_the_old(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "model") as temporary:
         (temporary / "weights").write_text("old")
-    with (
-        pytest.raises(FileWriteError, match="No space"),
-        atomic_directory(tmp_path / "model") as temporary,
-    ):
-        (temporary / "weights").write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileWriteError, match="No space"):
+        _fill_half(tmp_path / "model", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert (tmp_path / "model" / "weights").read_text() == "old"
     assert _names(tmp_path) == ["model"]
 

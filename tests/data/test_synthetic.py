@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+
 from magvit_fast.data.synthetic import (
     DEMO_SEED,
     HELD_OUT_SEEDS,
@@ -87,9 +88,11 @@ def test_objects_move_at_constant_velocity_between_meetings() -> None:
 def test_camera_pans_and_stays_inside_the_world() -> None:
     for seed in SEEDS:
         camera = scene_motion(seed, frames=100).camera
-        assert camera.min() >= 0 and camera.max() + 64 <= 112
+        assert camera.min() >= 0
+        assert camera.max() + 64 <= 112
         speed = np.linalg.norm(np.diff(camera[:17], axis=0), axis=1)
-        assert speed.min() > 1.1 and speed.max() < 2.4
+        assert speed.min() > 1.1
+        assert speed.max() < 2.4
 
 
 def test_collisions_bounces_and_occlusions_happen() -> None:

@@ -57,7 +57,8 @@ def _write(
 
 def test_round_trip(clip: Path) -> None:
     source, back = _moving_gradient(), read_video(clip)
-    assert back.shape == source.shape and back.dtype == torch.float32
+    assert back.shape == source.shape
+    assert back.dtype == torch.float32
     assert (back - source).abs().mean() < 0.01  # limited-range 4:2:0 at crf 18
     assert (back - source).abs().max() < 0.06
     info = probe(clip)
@@ -179,7 +180,8 @@ def test_streaming_write_reports_the_count(tmp_path: Path) -> None:
     frames = _moving_gradient(5)
     assert write_frames(tmp_path / "s.mp4", (frames[:, t] for t in range(5)), 29.97) == 5
     info = probe(tmp_path / "s.mp4")
-    assert info.frames == 5 and info.fps == pytest.approx(29.97, abs=1e-2)
+    assert info.frames == 5
+    assert info.fps == pytest.approx(29.97, abs=1e-2)
 
 
 def test_long_files_are_streamed(tmp_path: Path) -> None:
@@ -198,7 +200,8 @@ def _fails(path: Path, message: str) -> None:
         with pytest.raises(FileFormatError, match=message) as caught:
             function(path)
         text = str(caught.value)
-        assert str(path) in text and "\n" not in text
+        assert str(path) in text
+        assert "\n" not in text
 
 
 def test_missing_directory_empty_and_foreign_files(tmp_path: Path) -> None:
@@ -330,7 +333,7 @@ def test_full_disk_while_encoding(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(FileWriteError, match="cannot write .*x.mp4: File too large"):
+        with pytest.raises(FileWriteError, match=r"cannot write .*x.mp4: File too large"):
             write_video(path, torch.rand(3, 20, 64, 64), crf=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

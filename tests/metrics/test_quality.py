@@ -108,7 +108,7 @@ def test_low_precision_is_measured_in_float32(metric: object) -> None:
 def test_bad_input(metric: object) -> None:
     assert callable(metric)
     good = torch.rand(1, 3, 2, 16, 16)
-    with pytest.raises(ValueError, match="prediction: expected .* got"):
+    with pytest.raises(ValueError, match=r"prediction: expected .* got"):
         metric(good[0], good[0])
     with pytest.raises(ValueError, match="target: expected the shape"):
         metric(good, good[:, :, :1])
