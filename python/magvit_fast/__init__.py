@@ -1,4 +1,5 @@
 """magvit_fast: masked video generation (MAGVIT, MAGVIT-v2, MaskViT) on compiled kernels."""
+from __future__ import annotations
 
 from magvit_fast.info import Info, info
 from magvit_fast.ops import (
@@ -16,8 +17,8 @@ from magvit_fast.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "blur_pool3d",
     "Info",
+    "blur_pool3d",
     "causal_conv3d",
     "confidence_remask",
     "depth_to_space3d",
