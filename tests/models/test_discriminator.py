@@ -7,6 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from magvit_fast.compat.praxis import (
+    load_praxis,
+    praxis_discriminator_config,
+    praxis_slots,
+    to_port,
+)
 from magvit_fast.models.discriminator import (
     Discriminator3D,
     DiscriminatorBlock,
@@ -24,23 +30,9 @@ def channels_first(array: np.ndarray) -> torch.Tensor:
 
 
 def golden_block(golden: np.lib.npyio.NpzFile, case: str) -> DiscriminatorBlock:
-    def kernel(name: str) -> torch.Tensor:
-        return torch.from_numpy(golden[f"{case}/param/{name}/w"].astype(np.float32)).permute(
-            4, 3, 0, 1, 2
-        )
-
-    def bias(name: str) -> torch.Tensor:
-        return torch.from_numpy(golden[f"{case}/param/{name}/b"].astype(np.float32))
-
-    first, last = kernel("conv_first"), kernel("conv_last")
-    block = DiscriminatorBlock(
-        first.shape[1], last.shape[0], blur_size=int(golden[f"{case}/filter_size"])
-    )
-    block.load_state_dict({
-        "conv_first.weight": first, "conv_first.bias": bias("conv_first"),
-        "conv_last.weight": last, "conv_last.bias": bias("conv_last"),
-        "conv_skip.weight": kernel("conv_residual"),
-    })  # fmt: skip
+    kernel = golden[f"{case}/param/conv_last/w"]
+    block = DiscriminatorBlock(*kernel.shape[3:], blur_size=int(golden[f"{case}/filter_size"]))
+    load_praxis(block, golden, case)
     return block
 
 
@@ -65,6 +57,25 @@ def test_parameter_count_of_the_published_model() -> None:
     assert sum(p.numel() for p in model.parameters()) == 61_341_569
     assert model.config.final_grid == (1, 4, 4)
     assert logits.shape == (2, 1)
+
+
+def test_a_whole_discriminator_of_the_port_loads() -> None:
+    settings = {"num_frames": 5, "image_height": 8, "image_width": 12, "filters": 4}
+    config = praxis_discriminator_config({**settings, "channel_multipliers": [2, 4]})
+    assert config == TINY
+    model, other = Discriminator3D(config), Discriminator3D(config)
+    slots = praxis_slots(model)
+    assert len({slot.path for slot in slots}) == len(list(model.parameters()))
+    arrays = {f"param/{slot.path}": to_port(slot, model.get_parameter(slot.name)) for slot in slots}
+    assert arrays["param/conv_first/w"].shape == (3, 3, 3, 3, 4)
+    assert arrays["param/res_blocks_1/conv_residual/w"].shape == (1, 1, 1, 8, 16)
+    assert arrays["param/proj/mlp_layers_0/linear/w"].shape == (2 * 2 * 3 * 16, 16)
+    assert arrays["param/proj/mlp_layers_1/bias/b"].shape == (1,)
+    load_praxis(other, arrays)
+    video = torch.rand(1, 3, 5, 8, 12)
+    assert torch.equal(model(video), other(video))
+    with pytest.raises(ValueError, match="got frames"):
+        praxis_discriminator_config({"frames": 3})
 
 
 def test_twice_differentiable_for_r1() -> None:

@@ -33,7 +33,7 @@ def test_parameter_counts_of_the_published_models() -> None:
     assert count(video) == 306_881_536  # 306.88M: 1281 positions, 101 classes
     image = dataclasses.replace(video, num_classes=1000, grid=(1, 16, 16))
     assert count(image) == 306_753_536  # 306.75M: 257 positions, 1000 classes
-    one_head = dict(num_subtokens=1, subtoken_size=1024, grid=(4, 16, 16))
+    one_head = {"num_subtokens": 1, "subtoken_size": 1024, "grid": (4, 16, 16)}
     assert round(count(dataclasses.replace(video, **one_head)) / 1e6, 1) == 305.6
     base = dataclasses.replace(
         video, **one_head, hidden_size=768, num_layers=12, num_heads=12, mlp_size=3072
@@ -107,10 +107,10 @@ def test_a_tiny_model_overfits_a_tiny_batch() -> None:
     assert first > 4.0  # about 2 ln 8
     assert loss.item() < 0.1
     accuracy = commit_loss(model(batch.tokens, batch.mask), batch).accuracies
-    assert accuracy["mask"] == 1 and accuracy["reconstruct"] == 1
+    assert accuracy["mask"] == 1
+    assert accuracy["reconstruct"] == 1
 
 
-@pytest.mark.compile
 def test_fullgraph_compile() -> None:
     model = MaskedTransformer(TINY).eval()
     tokens, mask = tiny_batch()
@@ -123,7 +123,8 @@ def test_every_parameter_gets_a_gradient() -> None:
     tokens, mask = tiny_batch()
     model(tokens, mask, class_id=torch.tensor([0, 1])).square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
 def test_subtoken_packing_is_little_endian() -> None:
@@ -162,7 +163,7 @@ def test_bad_inputs_name_the_argument() -> None:
         model(tokens, mask.float())
     with pytest.raises(ValueError, match=r"class_id: expected int64 \[2\]"):
         model(tokens, mask, class_id=torch.tensor([1]))
-    with pytest.raises(ValueError, match="class_id: expected ids in 0..3"):
+    with pytest.raises(ValueError, match=r"class_id: expected ids in 0\.\.3"):
         model(tokens, mask, class_id=torch.tensor([1, 4]))
     with pytest.raises(ValueError, match="prompt_id: expected None"):
         model(tokens, mask, prompt_id=0)

@@ -52,7 +52,6 @@ def test_strides_formats_and_empty_batches() -> None:
     assert mf.blur_pool3d(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.compile
 def test_fullgraph_compile() -> None:
     x = torch.randn(1, 3, 5, 6, 7)
     compiled = torch.compile(mf.blur_pool3d, fullgraph=True, backend="aot_eager")

@@ -34,6 +34,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from magvit_fast.models.discriminator import (
+    Discriminator3D,
+    DiscriminatorBlock,
+    DiscriminatorConfig,
+    SameConv3d,
+)
 from magvit_fast.models.magvit_v2 import Decoder, Encoder, MagvitV2Config, MagvitV2Tokenizer
 from magvit_fast.nn.blocks import ResBlock3d
 from magvit_fast.nn.conv import CausalConv3d
@@ -74,7 +80,8 @@ def praxis_slots(module: nn.Module) -> list[Slot]:
     """Where every parameter of `module` lives in the port.
 
     Takes a MagvitV2Tokenizer, its Encoder or Decoder, CausalConv3d (and Downsample), Upsample, ResBlock3d,
-    GroupNormSiLU or AdaptiveGroupNorm.
+    GroupNormSiLU, AdaptiveGroupNorm, nn.Linear (a feed-forward layer there), DiscriminatorBlock or
+    Discriminator3D.
 
     Raises:
         TypeError: any other module.
@@ -83,7 +90,7 @@ def praxis_slots(module: nn.Module) -> list[Slot]:
 
 
 def _slots(module: nn.Module) -> Iterator[Slot]:
-    if isinstance(module, CausalConv3d):
+    if isinstance(module, CausalConv3d | SameConv3d):
         yield Slot("w", "weight", "conv")
         if module.bias is not None:
             yield Slot("b", "bias", "vector")
@@ -94,6 +101,9 @@ def _slots(module: nn.Module) -> Iterator[Slot]:
         for ours, theirs in (("scale", "gamma"), ("shift", "beta")):
             yield Slot(f"{theirs}_linear/w", f"{ours}.weight", "linear")
             yield Slot(f"{theirs}_bias/b", f"{ours}.bias", "vector")
+    elif isinstance(module, nn.Linear):
+        yield Slot("linear/w", "weight", "linear")
+        yield Slot("bias/b", "bias", "vector")
     else:
         for path, name, child in _children(module):
             for slot in _slots(child):
@@ -125,6 +135,17 @@ def _children(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     elif isinstance(module, MagvitV2Tokenizer):
         yield "encoder/", "encoder", module.encoder
         yield "decoder/", "decoder", module.decoder
+    elif isinstance(module, DiscriminatorBlock):
+        yield "conv_first/", "conv_first", module.conv_first
+        yield "conv_last/", "conv_last", module.conv_last
+        yield "conv_residual/", "conv_skip", module.conv_skip
+    elif isinstance(module, Discriminator3D):
+        yield "conv_first/", "conv_in", module.conv_in
+        for i, block in enumerate(module.blocks):
+            yield f"res_blocks_{i}/", f"blocks.{i}", block
+        yield "conv_last/", "conv_out", module.conv_out
+        yield "proj/mlp_layers_0/", "dense", module.dense
+        yield "proj/mlp_layers_1/", "logit", module.logit
     else:
         raise TypeError(f"module: {type(module).__name__} has no counterpart in the port")
 
@@ -193,6 +214,33 @@ def praxis_config(settings: Mapping[str, Any] | str, **changes: Any) -> MagvitV2
         raise ValueError(f"settings: expected some of {', '.join(_FIELDS)}; got {', '.join(unknown)}")
     fields = {_FIELDS[key]: value for key, value in given.items()}
     return MagvitV2Config(**{"entropy_eps": 1e-5, **fields, **changes})
+
+
+def praxis_discriminator_config(settings: Mapping[str, Any] | str) -> DiscriminatorConfig:
+    """The config of a discriminator of the port from its settings (a mapping or its JSON text).
+
+    num_frames, image_height and image_width (1, 256 and 256 if missing, as there), filters,
+    channel_multipliers ((2, 4, 4, 4) if missing: the port's default, not the published five),
+    blur_filter_size and input_dim. num_params is ignored.
+
+    Raises:
+        ValueError: a setting that is not known.
+    """
+    given = json.loads(settings) if isinstance(settings, str) else dict(settings)
+    given.pop("num_params", None)
+    sizes = (("num_frames", 1), ("image_height", 256), ("image_width", 256))
+    clip = tuple(int(given.pop(key, missing)) for key, missing in sizes)
+    names = {
+        "filters": "filters",
+        "channel_multipliers": "channel_multipliers",
+        "blur_filter_size": "blur_size",
+        "input_dim": "in_channels",
+    }
+    if unknown := sorted(set(given) - set(names)):
+        expected = ", ".join([key for key, _ in sizes] + list(names))
+        raise ValueError(f"settings: expected some of {expected}; got {', '.join(unknown)}")
+    fields = {names[key]: value for key, value in given.items()}
+    return DiscriminatorConfig(**{"channel_multipliers": (2, 4, 4, 4), **fields, "clip": clip})
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """The 3D discriminator of MAGVIT-v2: StyleGAN residual blocks with blur pooling.
 
-Source: MAGVIT-v2 figure 7 and appendix A.2; block order, padding and flattening as in Google's released layers.
-Not causal: all convolutions are zero-padded on both sides.
+Source: MAGVIT-v2 figure 7 and appendix A.2; block order, padding and flattening as in Google's
+released layers. Not causal: all convolutions are zero-padded on both sides.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -19,10 +20,11 @@ from magvit_fast.models.checkpoint import PretrainedMixin
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Shape of a Discriminator3D. The default is the published one for 17x128x128 (61,341,569 parameters).
+    """Shape of a Discriminator3D. The default is the published one: 61,341,569 parameters.
 
-    clip: (T, H, W) of the videos; the first dense layer fixes it. filters: width f of the first layer; every
-    block halves t, h and w (rounding up) and widens to f * multiplier. blur_size: taps of the blur filter.
+    clip: (T, H, W) of the videos; the first dense layer fixes it. filters: width f of the first
+    layer; every block halves t, h and w (rounding up) and widens to f * multiplier. blur_size: taps
+    of the blur filter.
     """
 
     clip: tuple[int, int, int] = (17, 128, 128)
@@ -39,7 +41,8 @@ class DiscriminatorConfig:
             raise ValueError(f"clip: expected three positive ints (T, H, W), got {self.clip}")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(
-                f"channel_multipliers: expected one or more positive ints, got {self.channel_multipliers}"
+                "channel_multipliers: expected one or more positive ints, "
+                f"got {self.channel_multipliers}"
             )
         for name in ("in_channels", "filters", "blur_size"):
             if getattr(self, name) < 1:
@@ -56,8 +59,8 @@ class DiscriminatorConfig:
 class DiscriminatorBlock(nn.Module):
     """(main + skip) / sqrt(2); [B, C, T, H, W] -> [B, out, ceil(T/2), ceil(H/2), ceil(W/2)].
 
-    main: conv 3x3x3 (C -> C), LeakyReLU, blur pooling, conv 3x3x3 (C -> out), LeakyReLU. skip: blur pooling, conv
-    1x1x1 without bias.
+    main: conv 3x3x3 (C -> C), LeakyReLU, blur pooling, conv 3x3x3 (C -> out), LeakyReLU. skip: blur
+    pooling, conv 1x1x1 without bias.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class SameConv3d(nn.Module):
-    """A convolution with stride 1, odd kernel and zeros on both sides, through `ops.causal_conv3d`."""
+    """`ops.causal_conv3d` with stride 1, an odd kernel and zeros on both sides."""
 
     def __init__(self, channels: int, out_channels: int, kernel: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class Discriminator3D(PretrainedMixin, nn.Module):
             DiscriminatorBlock(
                 width, out, blur_size=config.blur_size, negative_slope=config.negative_slope
             )
-            for width, out in zip(widths[:-1], widths[1:], strict=True)
+            for width, out in itertools.pairwise(widths)
         )
         self.conv_out = SameConv3d(widths[-1], widths[-1], 3)
         self.dense = nn.Linear(widths[-1] * math.prod(config.final_grid), widths[-1])

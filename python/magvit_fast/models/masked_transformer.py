@@ -1,7 +1,7 @@
 """The masked transformer of MAGVIT and MAGVIT-v2: BERT over [prefix][visual tokens].
 
-Sources: MAGVIT section 3.2 and table 8 (layers, recipe), MAGVIT-v2 section 3.2 (factorised tokens, one
-weight-tied head per sub-token).
+Sources: MAGVIT section 3.2 and table 8 (layers, recipe), MAGVIT-v2 section 3.2 (factorized tokens,
+one weight-tied head per sub-token).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class MaskedTransformerConfig:
     grid: (T', H', W') of the tokenizer's ids; their number is the number of visual positions.
     num_subtokens, subtoken_size: G tables of V rows. v2: 2 x 512 (2**18 codes). v1: 1 x 1024.
     num_classes: rows for class labels. One more row, "unconditional", always follows them.
-    prompts: names of task rows. Empty: a single-task model, its prefix is [class]; otherwise the prefix
-        is [task][class]. A name is a task's own or the name it shares with others (tasks.Task.prompt).
+    prompts: names of task rows. Empty: a single-task model, its prefix is [class]; otherwise the
+        prefix is [task][class]. A name is a task's own or the name it shares with others
+        (tasks.Task.prompt).
     """
 
     hidden_size: int = 1024
@@ -51,7 +52,8 @@ class MaskedTransformerConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"num_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_heads}"
+                f"num_heads: expected a divisor of hidden_size {self.hidden_size}, "
+                f"got {self.num_heads}"
             )
         if len(self.grid) != 3 or min(self.grid) < 1:
             raise ValueError(f"grid: expected three positive ints (T', H', W'), got {self.grid}")
@@ -101,13 +103,13 @@ class MaskedLanguageHead(nn.Module):
 class MaskedTransformer(PretrainedMixin, nn.Module):
     """Predicts every visual token from a partly masked grid.
 
-    Original BERT: post-layer-norm, learned absolute positions (prefix included), embedding sum -> LayerNorm
-    -> dropout. The logits cover visual codes alone; class and task rows are inputs only.
+    Original BERT: post-layer-norm, learned absolute positions (prefix included), embedding sum ->
+    LayerNorm -> dropout. The logits cover visual codes alone; class and task rows are inputs only.
 
-    Parameters counted (L, two heads, video, 101 classes: 306,881,536): layers 302,309,376; embedding
-    LayerNorm 2,048; positions (1 + 1,280) x 1,024; two sub-tables 2 x 512 x 1,024; rows for 101 classes,
-    unconditional and MASK; two heads of Dense + LayerNorm 2 x 1,051,648 and 2 x 512 biases. The tied
-    output matrices are the input tables and count once.
+    Parameters counted (L, two heads, video, 101 classes: 306,881,536): layers 302,309,376;
+    embedding LayerNorm 2,048; positions (1 + 1,280) x 1,024; two sub-tables 2 x 512 x 1,024; rows
+    for 101 classes, unconditional and MASK; two heads of Dense + LayerNorm 2 x 1,051,648 and 2 x
+    512 biases. The tied output matrices are the input tables and count once.
     """
 
     config_class = MaskedTransformerConfig
@@ -134,7 +136,7 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Matrices and embeddings: normal of init_std truncated at two deviations; biases 0; LN 1, 0."""
+        """Matrices, embeddings: normal of init_std cut at two deviations; biases 0; LN 1, 0."""
         std = self.config.init_std
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 or name.endswith("mask_embedding"):
@@ -145,7 +147,7 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
                 nn.init.zeros_(parameter)
 
     def prompt_id(self, *names: str) -> int | None:
-        """Row of the first of `names` that the model has a prompt for; None for a single-task model."""
+        """Row of the first of `names` that is a prompt; None for a single-task model."""
         if not self.config.prompts:
             return None
         for name in names:
@@ -166,9 +168,9 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
     ) -> Tensor:
         """Logits [B, N, G, V] of every visual position.
 
-        tokens: int64 [B, N], packed, in the order t, h, w. mask: bool [B, N], True = MASK (the token there
-        is ignored). class_id: int64 [B], None = unconditional. prompt_id: an int for the whole batch or int64
-        [B]; required exactly when the model has prompts.
+        tokens: int64 [B, N], packed, in the order t, h, w. mask: bool [B, N], True = MASK (the
+        token there is ignored). class_id: int64 [B], None = unconditional. prompt_id: an int for
+        the whole batch or int64 [B]; required exactly when the model has prompts.
         """
         self._check_inputs(tokens, mask, class_id, prompt_id)
         x = torch.cat(
@@ -216,21 +218,19 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
             raise ValueError(
                 f"class_id: expected int64 [{tokens.shape[0]}], got {tuple(class_id.shape)}"
             )
-        if (
-            class_id is not None
-            and class_id.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-        ):
-            # on a GPU the look would cost a synchronization at every step: generate() checks there
-            if (
-                class_id.numel()
-                and not 0 <= int(class_id.min()) <= int(class_id.max()) <= self.config.num_classes
-            ):
-                raise ValueError(
-                    f"class_id: expected ids in 0..{self.config.num_classes}, got {class_id.tolist()}"
-                )
+        if class_id is not None:
+            self._check_class(class_id)
         if (prompt_id is None) != (self.prompt_embedding is None):
             raise ValueError(
-                f"prompt_id: expected {'an id' if self.config.prompts else 'None'} for a model with "
-                f"{len(self.config.prompts)} prompts, got {prompt_id!r}"
+                f"prompt_id: expected {'an id' if self.config.prompts else 'None'} for a model "
+                f"with {len(self.config.prompts)} prompts, got {prompt_id!r}"
+            )
+
+    def _check_class(self, class_id: Tensor) -> None:
+        # on a GPU the look would cost a synchronization at every step: generate() looks there
+        if class_id.device.type != "cpu" or torch.compiler.is_compiling() or not class_id.numel():
+            return
+        if not 0 <= int(class_id.min()) <= int(class_id.max()) <= self.config.num_classes:
+            raise ValueError(
+                f"class_id: expected ids in 0..{self.config.num_classes}, got {class_id.tolist()}"
             )

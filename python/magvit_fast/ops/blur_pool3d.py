@@ -1,10 +1,11 @@
-"""blur_pool3d: depthwise binomial low-pass with stride, the anti-aliased pooling of the discriminator.
+"""blur_pool3d: depthwise binomial low-pass with stride, the pooling of the discriminator.
 
 contract
-    y = blur_pool3d(x, stride=2, filter_size=3); x [B, C, T, H, W] -> [B, C, ceil(T/s), ceil(H/s), ceil(W/s)]
-    Taps are the binomial coefficients of filter_size, normalized to sum 1 per axis, applied to t, h and w.
-    Padding is zero, by the rule of TensorFlow's SAME: total = max((ceil(n/s)-1)*s + k - n, 0), the smaller half first (k = 3,
-    s = 2: an even length gets (0, 1), an odd one (1, 1)). Borders are not renormalized, so an axis of length 1 is halved.
+    x [B, C, T, H, W] -> [B, C, ceil(T/s), ceil(H/s), ceil(W/s)].
+    Taps are the binomial coefficients of filter_size, normalized to sum 1, along each of t, h, w.
+    Padding is zero, by the rule of TensorFlow's SAME: total = max((ceil(n/s) - 1) * s + k - n, 0),
+    the smaller half first (k = 3, s = 2: an even length gets (0, 1), an odd one (1, 1)). Borders
+    are not renormalized, so an axis of length 1 is halved.
     Source: MAGVIT-v2 section 3.3 ("3D blur pooling") in the exact form of Google's released layers.
     Linear, hence differentiable any number of times. No state, no randomness.
 """
@@ -56,8 +57,8 @@ def blur_pool3d(
 ) -> Tensor:
     """Low-pass filter and subsample x [B, C, T, H, W] along t, h and w; see the contract above.
 
-    Raises ValueError or TypeError that names the argument; NotImplementedError for impl="native" (there is no
-    kernel yet).
+    Raises ValueError or TypeError that names the argument; NotImplementedError for impl="native"
+    (there is no kernel yet).
     """
     _checks.check_tensor("x", x, ndim=5, floating=True)
     steps = _checks.triple("stride", stride)

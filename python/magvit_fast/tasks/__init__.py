@@ -1,5 +1,7 @@
 """Generation tasks as interior conditions, and COMMIT masking for training."""
 
+from __future__ import annotations
+
 from magvit_fast.tasks.commit import (
     PARTS,
     CommitBatch,

@@ -1,8 +1,8 @@
 """COMMIT: conditional masked modeling by interior tokens (MAGVIT section 3.2), masking and loss.
 
-A position of the corrupted input holds one of three things: its condition token z~ (selected, inside the
-condition region: the model must *refine* it), MASK (selected, outside: *mask*), or its true token z (not
-selected: *reconstruct*). The model predicts z at every position.
+A position of the corrupted input holds one of three things: its condition token z~ (selected,
+inside the condition region: the model must *refine* it), MASK (selected, outside: *mask*), or its
+true token z (not selected: *reconstruct*). The model predicts z at every position.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CommitBatch:
 
 @dataclass(frozen=True)
 class CommitLoss:
-    """The training loss and what it is made of (scalars; nats per token, detached but for `loss`)."""
+    """The training loss and its parts: scalars in nats per token, detached but for `loss`."""
 
     loss: Tensor
     parts: dict[
@@ -64,15 +64,15 @@ def commit_mask(
 ) -> CommitBatch:
     """Corrupt a batch of token grids.
 
-    targets: int64 [B, N], tokens z of the real video. condition: int64 [B, N], tokens z~ of the condition
-    video through the same tokenizer, and condition_mask: bool [N] or [B, N], True inside the condition
-    region; both None for a task without condition.
+    targets: int64 [B, N], tokens z of the real video. condition: int64 [B, N], tokens z~ of the
+    condition video through the same tokenizer, and condition_mask: bool [N] or [B, N], True inside
+    the condition region; both None for a task without condition.
 
-    n = max(1, floor(N * cos(pi u / 2))) positions are selected: those of the n lowest scores (ties by
-    position, so always exactly n; the released code selects every position of a tied threshold).
-    u: uniform draws, one element (one ratio for the batch, as the released code does) or B elements (one a
-    sample, as the paper's notation reads). scores: uniform [B, N]. What is not given is drawn from `generator`;
-    `per_sample` chooses the number of drawn ratios.
+    n = max(1, floor(N * cos(pi u / 2))) positions are selected: those of the n lowest scores (ties
+    by position, so always exactly n; the released code selects every position of a tied threshold).
+    u: uniform draws, one element (one ratio for the batch, as the released code does) or B elements
+    (one a sample, as the paper's notation reads). scores: uniform [B, N]. What is not given is
+    drawn from `generator`; `per_sample` chooses the number of drawn ratios.
     """
     batch, n = _check_targets(targets)
     device = targets.device
@@ -110,9 +110,9 @@ def commit_loss(
 ) -> CommitLoss:
     """Cross-entropy of logits [B, N, G, V] against the true tokens, summed over the G sub-tokens.
 
-    Label smoothing spreads e over the V values (on 1 - e + e/V, off e/V). Positions of the parts in `loss_on`
-    weigh 1, others 0: a weighted mean per sample, then the mean over the batch. All parts is the published recipe;
-    fewer is for ablations.
+    Label smoothing spreads e over the V values (on 1 - e + e/V, off e/V). Positions of the parts in
+    `loss_on` weigh 1, others 0: a weighted mean per sample, then the mean over the batch. All parts
+    is the published recipe; fewer is for ablations.
     """
     b, n, g, v = logits.shape
     if batch.targets.shape != (b, n):

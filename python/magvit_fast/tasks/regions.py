@@ -1,8 +1,8 @@
 """Where the given pixels of a task lie, and what stands in for the missing ones.
 
-A region is a rule over a grid (T, H, W). MAGVIT applies the same rule to the pixel grid (which pixels are given)
-and to the latent grid (which tokens are condition tokens); for moving windows the two differ slightly, and the
-published token fractions are those of the latent rule.
+A region is a rule over a grid (T, H, W). MAGVIT applies the same rule to the pixel grid (which
+pixels are given) and to the latent grid (which tokens are condition tokens); for moving windows the
+two differ slightly, and the published token fractions are those of the latent rule.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def horizontal_strip(grid: Grid) -> Tensor:
 
 
 def window_starts(steps: int, width: int) -> list[int]:
-    """First column of a window of half the width that moves from left to right (rounding half to even)."""
+    """First columns of a window of half the width moving to the right (half to even)."""
     return torch.linspace(0, width / 2, steps, dtype=torch.float64).round().long().tolist()
 
 
@@ -95,10 +95,10 @@ def black_outside(region: Region) -> Fill:
 
 
 def frames_between(first: Tensor, last: Tensor, frames: int) -> Tensor:
-    """`frames` frames from given leading frames [B, C, F, H, W] to given trailing ones [B, C, L, H, W].
+    """`frames` frames from leading [B, C, F, H, W] to trailing [B, C, L, H, W] given ones.
 
-    Without trailing frames the last leading frame is repeated; with them the gap is a linear blend, of weight
-    k / (gap + 1) for k = 1..gap.
+    Without trailing frames the last leading frame is repeated; with them the gap is a linear blend,
+    of weight k / (gap + 1) for k = 1..gap.
     """
     gap = frames - first.shape[2] - last.shape[2]
     before = first[:, :, -1:]

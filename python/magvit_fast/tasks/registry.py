@@ -1,7 +1,7 @@
-"""The ten tasks of MAGVIT as data: which pixels are given, how the rest is filled, which tokens condition.
+"""The ten tasks of MAGVIT: which pixels are given, what fills the rest, which tokens condition.
 
-Sources: MAGVIT appendix B.1 and table 12. Where the paper and the released code differ the rule that gives the
-published token fractions is followed (the latent-grid rule for moving windows).
+Sources: MAGVIT appendix B.1 and table 12. Where the paper and the released code differ the rule
+that gives the published token fractions is followed (the latent-grid rule for moving windows).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from magvit_fast.tasks.regions import Fill, Grid, Region
 class ClipGeometry:
     """A clip's size in pixels and in tokens.
 
-    causal: slot 0 holds the first frame alone and slot s the s-th group of `temporal stride` frames after it
-    (MAGVIT-v2: 17 frames, 5 slots). Otherwise slots hold equal groups (MAGVIT: 16 frames, 4 slots).
+    causal: slot 0 holds the first frame alone and slot s the s-th group of `temporal stride` frames
+    after it (MAGVIT-v2: 17 frames, 5 slots). Otherwise slots hold equal groups (MAGVIT: 16 frames,
+    4 slots).
     """
 
     frames: int
@@ -64,8 +65,8 @@ class ClipGeometry:
 class Task:
     """A generation task. The base class has no condition but the class (class_generation).
 
-    prompt: name of the task row in models that share rows between tasks (the released code does: one for
-    all outpainting); models may also have a row under the task's own name (the paper).
+    prompt: name of the task row in models that share rows between tasks (the released code does:
+    one for all outpainting); models may also have a row under the task's own name (the paper).
     """
 
     name: str
@@ -82,7 +83,7 @@ class Task:
         return 0
 
     def condition_video(self, video: Tensor, geometry: ClipGeometry) -> Tensor:
-        """The clip whose tokens are z~: given pixels of `video` [B, C, T, H, W], the rest filled in."""
+        """The clip whose tokens are z~: given pixels of `video` [B, C, T, H, W], rest filled."""
         raise ValueError(f"task {self.name} takes no condition video")
 
     def pixel_mask(self, geometry: ClipGeometry) -> Tensor:
@@ -112,8 +113,9 @@ class Task:
 class FrameTask(Task):
     """Whole frames are given: `first` leading ones and `last` trailing ones.
 
-    first None means the published choice: 5 for a causal tokenizer (exactly slots 0 and 1), else 1. A slot is a
-    condition slot when it holds a given frame. With dataclasses.replace(task, first=k) any number goes.
+    first None means the published choice: 5 for a causal tokenizer (exactly slots 0 and 1), else 1.
+    A slot is a condition slot when it holds a given frame. With dataclasses.replace(task, first=k)
+    any number goes.
     """
 
     first: int | None = None
@@ -128,8 +130,8 @@ class FrameTask(Task):
         count = self.first if self.first is not None else (5 if geometry.causal else 1)
         if count < 1 or count + self.last >= geometry.frames:
             raise ValueError(
-                f"task {self.name}: expected at least 1 leading frame and {count} + {self.last} given "
-                f"frames below the clip's {geometry.frames}"
+                f"task {self.name}: expected at least 1 leading frame and {count} + {self.last} "
+                f"given frames below the clip's {geometry.frames}"
             )
         return count
 
@@ -156,12 +158,12 @@ class FrameTask(Task):
         return mask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RegionTask(Task):
     """A part of every frame is given: outpainting (a region) or inpainting (all but a region)."""
 
-    region: Region = regions.central
-    fill: Fill = regions.replicate_around(regions.central)
+    region: Region
+    fill: Fill
 
     @property
     def has_condition(self) -> bool:

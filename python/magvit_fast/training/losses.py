@@ -1,7 +1,8 @@
-"""Losses of tokenizer training: reconstruction, non-saturating GAN, R1, LeCam, totals, entropy annealing.
+"""Losses of tokenizer training: reconstruction, GAN, R1, LeCam, totals, entropy annealing.
 
-Sources: MAGVIT-v2 appendix A.2 (weights), MAGVIT appendix A.1, and Google's released layers for the exact forms.
-All means are over elements or over the batch, so equal local batches average to the global loss under DDP.
+Sources: MAGVIT-v2 appendix A.2 (weights), MAGVIT appendix A.1, and Google's released layers for the
+exact forms. All means are over elements or over the batch, so equal local batches average to the
+global loss under DDP.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def reconstruction_loss(reconstruction: Tensor, video: Tensor) -> Tensor:
     """Mean squared error over all elements of two videos [B, C, T, H, W] in [0, 1], in float32."""
     if reconstruction.shape != video.shape:
         raise ValueError(
-            f"reconstruction: expected {tuple(video.shape)} (the video's), got {tuple(reconstruction.shape)}"
+            f"reconstruction: expected {tuple(video.shape)} (the video's), "
+            f"got {tuple(reconstruction.shape)}"
         )
     return F.mse_loss(_at_least_float32(reconstruction), _at_least_float32(video))
 
@@ -58,7 +60,7 @@ def discriminator_adversarial_loss(logits_real: Tensor, logits_fake: Tensor) -> 
 
 
 def r1_penalty(logits_real: Tensor, video: Tensor) -> Tensor:
-    """Batch mean of the squared norm of dD/dvideo on real clips (no factor 1/2), differentiable again.
+    """Batch mean of |dD/dvideo|^2 on real clips (no factor 1/2), differentiable again.
 
     `video` [B, ...] must require a gradient and have produced `logits_real`.
     """
@@ -76,10 +78,11 @@ class LeCam(nn.Module):
     reading "v2" (Google's released MAGVIT-v2 layers): the averages take in the batch first, then
         mean(relu(real - ema_fake)^2) + mean(relu(ema_real - fake)^2), each sample by itself. The
         gradient flows through the update of the averages too.
-    reading "v1" (the released MAGVIT code): batch-mean logits against the averages before the update.
-    The averages start at 0 without bias correction. They are float32 whatever the model's dtype, part of the
-    state dict, and move at every call, in evaluation as well. With torch.distributed initialized the means are
-    those of the global batch, so all processes keep the same averages.
+    reading "v1" (the released MAGVIT code): batch-mean logits against the averages before the
+    update. The averages start at 0 without bias correction. They are float32 whatever the model's
+    dtype, part of the state dict, and move at every call, in evaluation as well. With
+    torch.distributed initialized the means are those of the global batch, so all processes keep the
+    same averages.
     """
 
     ema_real: Tensor
@@ -121,17 +124,17 @@ def _global_mean(x: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         from torch.distributed.nn.functional import all_reduce  # differentiable
 
-        mean = all_reduce(mean) / dist.get_world_size()
+        mean = all_reduce(mean) / dist.get_world_size()  # type: ignore[no-untyped-call]
     return mean
 
 
 def entropy_weight(
     step: int, *, base: float = 0.1, start_factor: float = 3.0, anneal_steps: int = 2000
 ) -> float:
-    """Weight of the codebook entropy at a training step: base*start_factor falling linearly to base.
+    """Weight of the codebook entropy at a step: base * start_factor falling linearly to base.
 
-    The notes on MAGVIT-v2 read "x3 at the start" (start_factor 3); the form w * (1 + 3 * remaining) of MAGVIT's
-    code starts at 4 times the base: start_factor 4.
+    The notes on MAGVIT-v2 read "x3 at the start" (start_factor 3); the form w * (1 + 3 * remaining)
+    of MAGVIT's code starts at 4 times the base: start_factor 4.
     """
     if anneal_steps < 1:
         return base
@@ -150,8 +153,9 @@ def generator_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total generator loss and its weighted parts.
 
-    quantizer: the quantizer's total (TokenizerOutput.losses["quantizer"]), weighted already. perceptual: an
-    unweighted distance. Whatever is None leaves its term out; so does logits_fake for the adversarial term.
+    quantizer: the quantizer's total (TokenizerOutput.losses["quantizer"]), weighted already.
+    perceptual: an unweighted distance. Whatever is None leaves its term out; so does logits_fake
+    for the adversarial term.
     """
     weights = weights or TokenizerLossWeights()
     parts = {"reconstruction": weights.reconstruction * reconstruction_loss(reconstruction, video)}
@@ -174,8 +178,8 @@ def discriminator_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total discriminator loss and its weighted parts.
 
-    real_video: the clip (requires_grad) behind logits_real, for the R1 penalty; None leaves it out. lecam:
-    the module whose averages move with this call; None leaves it out.
+    real_video: the clip (requires_grad) behind logits_real, for the R1 penalty; None leaves it out.
+    lecam: the module whose averages move with this call; None leaves it out.
     """
     weights = weights or TokenizerLossWeights()
     parts = {"adversarial": discriminator_adversarial_loss(logits_real, logits_fake)}
