@@ -81,14 +81,18 @@ def render(table: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", help="pytest -k pattern")
-    parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/)")
+    parser.add_argument(
+        "--out", type=Path, help="where the JSON goes (default: benchmarks/results/)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         measure(args.only, raw)
         table = rows(json.loads(raw.read_text())["benchmarks"])
     machine = describe()
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower()).strip("-")
+    slug = re.sub(
+        r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower()
+    ).strip("-")
     out = args.out or HERE / "results" / f"cpu-{slug}{'-partial' if args.only else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine, "rows": table}, indent=1) + "\n")

@@ -87,7 +87,9 @@ def test_csrc_knows_no_framework(path: Path) -> None:
     if path.name not in ("bindings.cpp", "module.cpp"):
         assert "<pybind11" not in text, "only bindings.cpp and module.cpp may know Python"
     assert "getenv" not in text, "kernels read no environment"
-    assert not re.search(r"\b(malloc|cudaMalloc|cudaDeviceSynchronize|cudaStreamSynchronize)\s*\(", text)
+    assert not re.search(
+        r"\b(malloc|cudaMalloc|cudaDeviceSynchronize|cudaStreamSynchronize)\s*\(", text
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,19 +130,31 @@ LAYERS: dict[str, set[str]] = {
 def _imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("magvit_fast"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("magvit_fast")
+        ):
             module = node.module.removeprefix("magvit_fast").lstrip(".")
-            found |= {f"{module}.{a.name}".lstrip(".") if not module else module for a in node.names}
+            found |= {
+                f"{module}.{a.name}".lstrip(".") if not module else module for a in node.names
+            }
         elif isinstance(node, ast.Import):
             found |= {
-                a.name.removeprefix("magvit_fast.") for a in node.names if a.name.startswith("magvit_fast.")
+                a.name.removeprefix("magvit_fast.")
+                for a in node.names
+                if a.name.startswith("magvit_fast.")
             }
     return found
 
 
 @pytest.mark.parametrize("room", sorted(LAYERS))
 def test_imports_go_one_way(room: str) -> None:
-    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else sorted((PACKAGE / room).rglob("*.py"))
+    files = (
+        [PACKAGE / f"{room}.py"]
+        if (PACKAGE / f"{room}.py").exists()
+        else sorted((PACKAGE / room).rglob("*.py"))
+    )
     for path in files:
         for module in _imports(path):
             top = module.split(".")[0]
@@ -178,7 +192,16 @@ def _fresh(code: str, **env: str) -> str:
 
 
 def test_import_is_light_and_touches_no_cuda() -> None:
-    heavy = ["av", "accelerate", "rich", "matplotlib", "scipy", "tensorboard", "huggingface_hub", "tyro"]
+    heavy = [
+        "av",
+        "accelerate",
+        "rich",
+        "matplotlib",
+        "scipy",
+        "tensorboard",
+        "huggingface_hub",
+        "tyro",
+    ]
     out = _fresh(
         "import sys, json, torch, magvit_fast\n"
         f"print(json.dumps([[m for m in {heavy!r} if m in sys.modules], torch.cuda.is_initialized()]))"

@@ -19,7 +19,7 @@ import torch
 Impl = Literal["auto", "native", "reference"]
 
 # The library object must outlive the ops that are registered on it.
-LIB = torch.library.Library("magvit_fast", "DEF")
+LIB: torch.library.Library = torch.library.Library("magvit_fast", "DEF")
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
