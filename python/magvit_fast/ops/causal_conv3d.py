@@ -89,9 +89,7 @@ def reference(
 
 
 # --- schema and fake --------------------------------------------------------------------------
-_GEOMETRY = (
-    "int[] stride, int[] dilation, int groups, int[] padding, str time_mode, str space_mode"
-)
+_GEOMETRY = "int[] stride, int[] dilation, int groups, int[] padding, str time_mode, str space_mode"
 _TAGS = (torch.Tag.needs_exact_strides,)  # the memory format of x decides that of the result
 _native.LIB.define(
     f"causal_conv3d(Tensor x, Tensor? history, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
@@ -118,9 +116,7 @@ def _empty(like: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def _out_shape(
-    x: Tensor, history: Tensor | None, weight: Tensor, geometry: Geometry
-) -> list[int]:
+def _out_shape(x: Tensor, history: Tensor | None, weight: Tensor, geometry: Geometry) -> list[int]:
     earlier = 0 if history is None else history.shape[2]
     sources = (earlier + x.shape[2], x.shape[3], x.shape[4])
     padding = [geometry.padding[0] - earlier, *geometry.padding[1:]]
@@ -183,7 +179,9 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _run(entry: str, device: torch.device, tensors: Sequence[Tensor | None], numbers: list[int]) -> None:
+def _run(
+    entry: str, device: torch.device, tensors: Sequence[Tensor | None], numbers: list[int]
+) -> None:
     """Allocate the workspace and call `entry` with the addresses of `tensors`."""
     core, where, how = _native.launcher(device)
     size = getattr(core, entry + "_workspace")(numbers, where, how)
@@ -227,7 +225,12 @@ def _launch_input_grad(
                   dtype=dy.dtype, device=dy.device, geometry=how)  # fmt: skip
     if dx.numel():
         numbers = _shape_numbers(x_size, history_frames, dy.shape, weight.shape[2:], dy.dtype, how)
-        tensors = [_channels_last(dy), weight.contiguous(), dx, dhistory if history_frames else None]
+        tensors = [
+            _channels_last(dy),
+            weight.contiguous(),
+            dx,
+            dhistory if history_frames else None,
+        ]
         _run("causal_conv3d_input_grad", dy.device, tensors, numbers)
     return _in_layout(dx, channels_last), _in_layout(dhistory, channels_last)
 
@@ -447,7 +450,9 @@ def causal_conv3d(
     if padding is not None and (len(padding) != 6 or min(padding) < 0):
         raise ValueError(f"padding: expected None or six ints >= 0, got {padding!r}")
     pads = resolve_padding(weight.shape[2:], spread, padding)
-    if history is not None:  # only the frames that replace padding; none: as if there were no history
+    if (
+        history is not None
+    ):  # only the frames that replace padding; none: as if there were no history
         used = min(history.shape[2], pads[0])
         history = history[:, :, history.shape[2] - used :] if used else None
     geometry = Geometry(list(steps), list(spread), groups, pads, time_mode, space_mode)
