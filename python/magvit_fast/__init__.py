@@ -1,6 +1,9 @@
 """magvit_fast: masked video generation (MAGVIT, MAGVIT-v2, MaskViT) on compiled kernels."""
+
 from __future__ import annotations
 
+from magvit_fast import decoding, models, tasks
+from magvit_fast.decoding import generate
 from magvit_fast.info import Info, info
 from magvit_fast.ops import (
     blur_pool3d,
@@ -21,11 +24,15 @@ __all__ = [
     "blur_pool3d",
     "causal_conv3d",
     "confidence_remask",
+    "decoding",
     "depth_to_space3d",
     "factorized_embedding",
+    "generate",
     "group_norm_silu",
     "info",
     "lfq_codes",
     "lfq_entropy",
     "lfq_quantize",
+    "models",
+    "tasks",
 ]

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.goldens import load_goldens
 
 from magvit_fast.compat.praxis import (
     load_praxis,
@@ -20,7 +20,7 @@ from magvit_fast.models.discriminator import (
 )
 from magvit_fast.training.losses import r1_penalty
 
-GOLDEN = Path(__file__).parents[1] / "data" / "goldens" / "magvit_v2" / "discriminator_block.npz"
+GOLDEN = "magvit_v2/discriminator_block"
 CASES = ("even", "odd", "t1", "k4")
 TINY = DiscriminatorConfig(clip=(5, 8, 12), filters=4, channel_multipliers=(2, 4))
 
@@ -29,7 +29,7 @@ def channels_first(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array).permute(0, 4, 1, 2, 3)
 
 
-def golden_block(golden: np.lib.npyio.NpzFile, case: str) -> DiscriminatorBlock:
+def golden_block(golden: dict[str, np.ndarray], case: str) -> DiscriminatorBlock:
     kernel = golden[f"{case}/param/conv_last/w"]
     block = DiscriminatorBlock(*kernel.shape[3:], blur_size=int(golden[f"{case}/filter_size"]))
     load_praxis(block, golden, case)
@@ -38,7 +38,7 @@ def golden_block(golden: np.lib.npyio.NpzFile, case: str) -> DiscriminatorBlock:
 
 @pytest.mark.parametrize("case", CASES)
 def test_block_matches_the_golden_arrays(case: str) -> None:
-    golden = np.load(GOLDEN)
+    golden = load_goldens(GOLDEN)
     x = channels_first(golden[f"{case}/x"]).requires_grad_()
     y = golden_block(golden, case)(x)
     torch.testing.assert_close(y, channels_first(golden[f"{case}/y"]), atol=1e-5, rtol=0)
@@ -47,7 +47,7 @@ def test_block_matches_the_golden_arrays(case: str) -> None:
 
 
 def test_every_golden_case_is_tested() -> None:
-    assert {name.split("/")[0] for name in np.load(GOLDEN).files} == set(CASES)
+    assert {name.split("/")[0] for name in load_goldens(GOLDEN)} == set(CASES)
 
 
 def test_parameter_count_of_the_published_model() -> None:

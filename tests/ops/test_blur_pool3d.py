@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from tests.goldens import load_goldens
 
 import magvit_fast as mf
 
-GOLDEN = Path(__file__).parents[1] / "data" / "goldens" / "magvit_v2" / "blur_pool.npz"
+GOLDEN = "magvit_v2/blur_pool"
 CASES = (
     "k3_even", "k3_odd", "k3_t1", "k3_1x1x1", "k3_2x2x2", "k4_even", "k4_odd", "k5_odd", "k2_even",
 )  # fmt: skip
@@ -21,7 +20,7 @@ def channels_first(array: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_golden_values_and_gradients_are_exact(case: str, dtype: torch.dtype) -> None:
-    golden = np.load(GOLDEN)
+    golden = load_goldens(GOLDEN)
     x, y, dy, dx = (channels_first(golden[f"{case}/{k}"]).to(dtype) for k in ("x", "y", "dy", "dx"))
     size = int(golden[f"{case}/filter_size"])
     x.requires_grad_()
@@ -33,7 +32,7 @@ def test_golden_values_and_gradients_are_exact(case: str, dtype: torch.dtype) ->
 
 
 def test_every_golden_case_is_tested() -> None:
-    assert {name.split("/")[0] for name in np.load(GOLDEN).files} == set(CASES)
+    assert {name.split("/")[0] for name in load_goldens(GOLDEN)} == set(CASES)
 
 
 def test_gradients_of_both_orders() -> None:

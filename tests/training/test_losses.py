@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tests.goldens import load_goldens
 
 from magvit_fast.training.losses import (
     LeCam,
@@ -20,12 +21,11 @@ from magvit_fast.training.losses import (
     reconstruction_loss,
 )
 
-GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
-GOLDEN = GOLDENS / "magvit_v2" / "gan_losses.npz"
+GOLDEN = "magvit_v2/gan_losses"
 
 
 def golden_lecam(
-    golden: np.lib.npyio.NpzFile, step: int, dtype: torch.dtype = torch.float32
+    golden: dict[str, np.ndarray], step: int, dtype: torch.dtype = torch.float32
 ) -> LeCam:
     settings = json.loads(str(golden["settings_json"]))
     lecam = LeCam(decay=settings["polyak_decay"]).to(dtype)
@@ -37,13 +37,13 @@ def golden_lecam(
 @pytest.mark.parametrize("step", range(4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_golden_losses(step: int, dtype: torch.dtype) -> None:
-    golden = np.load(GOLDEN)
+    golden = load_goldens(GOLDEN)
     exact = dtype == torch.float64
 
     def get(name: str) -> torch.Tensor:
         key = f"step{step}/{name}"
         wide = f"{key}.f64"
-        return torch.from_numpy(golden[wide if exact and wide in golden.files else key]).to(dtype)
+        return torch.from_numpy(golden[wide if exact and wide in golden else key]).to(dtype)
 
     def close(actual: torch.Tensor, name: str, tolerance: float = 1e-6) -> None:
         # the inputs are stored in float32, so .f64 values are reproduced to float32 input rounding
@@ -78,7 +78,7 @@ def test_golden_losses(step: int, dtype: torch.dtype) -> None:
 
 
 def test_golden_reconstruction_gradient_and_settings() -> None:
-    golden = np.load(GOLDEN)
+    golden = load_goldens(GOLDEN)
     video = torch.from_numpy(golden["video"])
     reconstructed = torch.from_numpy(golden["reconstructed"]).requires_grad_()
     weights = TokenizerLossWeights()
@@ -94,7 +94,7 @@ def test_golden_reconstruction_gradient_and_settings() -> None:
 
 
 def test_averages_chain_over_steps() -> None:
-    golden = np.load(GOLDEN)
+    golden = load_goldens(GOLDEN)
     for start in (0, 2):
         lecam = golden_lecam(golden, start)
         for step in (start, start + 1):
@@ -108,7 +108,7 @@ def test_averages_chain_over_steps() -> None:
 
 
 def test_first_reading_of_lecam_matches_the_official_code() -> None:
-    golden = np.load(GOLDENS / "magvit_v1" / "06b_losses.npz")
+    golden = load_goldens("magvit_v1/06b_losses")
     cases = golden["lecam_cases_real_fake_emareal_emafake"]
     for (real, fake, ema_real, ema_fake), expected in zip(
         cases, golden["lecam_values"], strict=True

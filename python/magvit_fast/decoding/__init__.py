@@ -1,1 +1,25 @@
-"""Package."""
+"""Decoding: schedules, masked decoding, generation from a task."""
+
+from __future__ import annotations
+
+from magvit_fast.decoding.generate import clip_geometry, generate, generate_tokens
+from magvit_fast.decoding.masked import (
+    DecodingState,
+    MaskedDecoding,
+    decode_masked,
+    masked_decoding_steps,
+)
+from magvit_fast.decoding.schedules import Guidance, mask_fraction, unknown_counts
+
+__all__ = [
+    "DecodingState",
+    "Guidance",
+    "MaskedDecoding",
+    "clip_geometry",
+    "decode_masked",
+    "generate",
+    "generate_tokens",
+    "mask_fraction",
+    "masked_decoding_steps",
+    "unknown_counts",
+]

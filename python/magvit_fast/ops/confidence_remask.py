@@ -22,7 +22,7 @@ def confidence_remask(logits: Tensor, tokens: Tensor, unknown: Tensor, *, num_un
     bits = v.bit_length() - 1
     sampled = (picks << (bits * torch.arange(g, device=logits.device))).sum(-1)
     new_tokens = torch.where(unknown, sampled, tokens)
-    order = torch.where(unknown, confidence, torch.inf).argsort(-1, stable=True)
+    order = torch.where(unknown, confidence, torch.inf).argsort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=logits.device).expand(b, n))
     count = torch.as_tensor(num_unknown, device=logits.device).reshape(-1, 1)
     return new_tokens, (rank < count) & unknown

@@ -45,6 +45,10 @@ class ClipGeometry:
             )
 
     @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
     def size(self) -> Grid:
         return self.frames, self.height, self.width
 
@@ -94,7 +98,8 @@ class Task:
         """bool [T', H', W'], True where the token is a condition token."""
         return torch.zeros(geometry.grid, dtype=torch.bool)
 
-    def _check_video(self, video: Tensor, geometry: ClipGeometry) -> None:
+    def check_video(self, video: Tensor, geometry: ClipGeometry) -> None:
+        """Raises ValueError for a video that the condition cannot be made from."""
         least = self.min_frames(geometry)
         if video.dim() != 5:
             raise ValueError(f"video: expected [B, C, T, H, W], got {tuple(video.shape)}")
@@ -139,7 +144,7 @@ class FrameTask(Task):
         return self.num_first(geometry) + self.last
 
     def condition_video(self, video: Tensor, geometry: ClipGeometry) -> Tensor:
-        self._check_video(video, geometry)
+        self.check_video(video, geometry)
         given = video[:, :, : self.num_first(geometry)]
         end = video.shape[2]
         return regions.frames_between(given, video[:, :, end - self.last : end], geometry.frames)
@@ -173,7 +178,7 @@ class RegionTask(Task):
         return geometry.frames
 
     def condition_video(self, video: Tensor, geometry: ClipGeometry) -> Tensor:
-        self._check_video(video, geometry)
+        self.check_video(video, geometry)
         return self.fill(video[:, :, : geometry.frames])
 
     def pixel_mask(self, geometry: ClipGeometry) -> Tensor:

@@ -1,0 +1,285 @@
+"""From a task to a video: condition, masked decoding, detokenization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from magvit_fast.decoding.masked import MaskedDecoding, Noise, Predict, decode_masked
+from magvit_fast.decoding.schedules import Guidance
+from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.tasks.registry import ClipGeometry, FrameTask, Task, get_task
+
+
+class Tokenizer(Protocol):
+    """What generation needs of a video tokenizer (MagvitV2Tokenizer has it).
+
+    config.num_bits: bits of an id; config.time_stride, config.space_stride: frames and pixels per
+    slot. A tokenizer is causal (1 + s*k frames) unless config.causal says otherwise.
+    """
+
+    config: Any
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+    def decode(self, ids: Tensor) -> Tensor: ...
+
+
+def clip_geometry(tokenizer: Tokenizer, transformer: MaskedTransformer) -> ClipGeometry:
+    """The clip, in pixels and tokens, that this pair of models makes.
+
+    Raises:
+        ValueError: the two do not fit: their tokens have different numbers of bits.
+    """
+    ours, theirs = transformer.config, tokenizer.config
+    if ours.num_bits != theirs.num_bits:
+        raise ValueError(
+            f"transformer: its {ours.num_subtokens} x {ours.subtoken_size} sub-tokens hold "
+            f"{ours.num_bits} bits, but the tokenizer's ids have {theirs.num_bits} bits; "
+            "use the transformer that was trained on this tokenizer's tokens"
+        )
+    slots, rows, columns = ours.grid
+    causal = getattr(theirs, "causal", True)
+    frames = 1 + (slots - 1) * theirs.time_stride if causal else slots * theirs.time_stride
+    stride = theirs.space_stride
+    return ClipGeometry(frames, rows * stride, columns * stride, ours.grid, causal)
+
+
+def generate(
+    tokenizer: Tokenizer,
+    transformer: MaskedTransformer,
+    *,
+    task: str | Task,
+    video: Tensor | None = None,
+    class_id: int | Sequence[int] | Tensor | None = None,
+    steps: int = 12,
+    schedule: str = "cosine",
+    choice_temperature: float = 4.5,
+    temperature: float = 1.0,
+    guidance: float | Guidance = 0.0,
+    seed: int = 0,
+    frames: int | None = None,
+    noise: Sequence[Noise] | None = None,
+) -> Tensor:
+    """Generate video by masked decoding (MAGVIT, algorithm 1): [B, C, T, H, W] in [0, 1].
+
+    Args:
+        tokenizer, transformer: a pair that fits, on one device.
+        task: a name of tasks.TASKS, or a Task (dataclasses.replace changes, say, the number of
+        given frames). video: [B, C, T, H, W] in [0, 1] of the models' size for tasks with a
+            condition. Frame prediction looks at its first frames alone (5 for a causal tokenizer),
+            interpolation at both ends, the others at all frames of one clip. None for
+            class_generation.
+        class_id: for the two class-conditional tasks, one id or B of them.
+        steps, schedule, choice_temperature, temperature: see decoding.MaskedDecoding.
+        guidance: the scale s in conditional + s * (conditional - unconditional), or a Guidance.
+        seed: same seed, same device, same inputs: same video.
+        frames: length of the result; None = one clip. Frame prediction goes on for as long as it is
+            told, each window conditioned on the last frames of the one before; other tasks make one
+            clip.
+        noise: one pair of Gumbel arrays a step in place of the seeded draws (a single clip only).
+
+    The result holds the model's version of the given part too: nothing is pasted back. Both models
+    run in evaluation mode, without gradients, and are left in the mode they came in.
+
+    Raises:
+        ValueError, TypeError: unknown task, missing or superfluous video or class_id, wrong size,
+            clip too short, models that do not fit each other; the message names the argument and
+            both sides.
+    """
+    chosen = get_task(task) if isinstance(task, str) else task
+    geometry = clip_geometry(tokenizer, transformer)
+    settings = MaskedDecoding(
+        steps=steps,
+        schedule=schedule,
+        temperature=temperature,
+        choice_temperature=choice_temperature,
+        guidance=guidance if isinstance(guidance, Guidance) else Guidance(float(guidance)),
+        seed=seed,
+    )
+    video = _checked_video(chosen, geometry, video)
+    classes = _checked_classes(chosen, transformer, class_id, None if video is None else len(video))
+    _check_devices(tokenizer, transformer, video)
+    windows, given = _count_windows(chosen, geometry, frames)
+    if noise is not None and windows > 1:
+        raise ValueError(f"noise: expected None for a result of {windows} clips, got {len(noise)}")
+    clips: list[Tensor] = []
+    for window in range(windows):
+        ids = generate_tokens(
+            tokenizer,
+            transformer,
+            chosen,
+            settings,
+            video=video,
+            classes=classes,
+            noise=noise,
+            first_step=window * steps,
+        )
+        with _evaluation(tokenizer):
+            clip = tokenizer.decode(ids)
+        clips.append(clip if window == 0 else clip[:, :, given:])
+        video = clip[:, :, clip.shape[2] - given :]
+    return torch.cat(clips, dim=2)[:, :, :frames]
+
+
+@torch.no_grad()
+def generate_tokens(
+    tokenizer: Tokenizer,
+    transformer: MaskedTransformer,
+    task: Task,
+    settings: MaskedDecoding,
+    *,
+    video: Tensor | None = None,
+    classes: Tensor | None = None,
+    noise: Sequence[Noise] | None = None,
+    first_step: int = 0,
+) -> Tensor:
+    """The tokens of one generated clip: int64 [B, T', H', W'].
+
+    video [B, C, T, H, W] and classes int64 [B] as the task needs them; the rest as in generate and
+    decode_masked.
+    """
+    geometry = clip_geometry(tokenizer, transformer)
+    device = transformer.position_embedding.device
+    region = task.token_mask(geometry).flatten().to(device)
+    with _evaluation(tokenizer, transformer):
+        if video is not None and task.has_condition:
+            ids = tokenizer.encode(task.condition_video(video, geometry))
+            if tuple(ids.shape[1:]) != geometry.grid:
+                raise ValueError(
+                    f"transformer: its grid is {geometry.grid}, but the tokenizer makes "
+                    f"{tuple(ids.shape[1:])} tokens of {geometry.frames} frames of "
+                    f"{geometry.height}x{geometry.width}"
+                )
+            condition = ids.flatten(1)
+        else:
+            batch = 1 if classes is None else classes.shape[0]
+            condition = torch.zeros(batch, geometry.num_tokens, dtype=torch.int64, device=device)
+        conditional, unconditional = _networks(transformer, task, classes)
+        tokens = decode_masked(
+            conditional,
+            condition,
+            region,
+            settings,
+            predict_unconditional=unconditional,
+            noise=noise,
+            first_step=first_step,
+        )
+    return tokens.view(-1, *geometry.grid)
+
+
+def _networks(
+    transformer: MaskedTransformer, task: Task, classes: Tensor | None
+) -> tuple[Predict, Predict]:
+    prompt = transformer.prompt_id(task.name, task.prompt)
+    # the released code: the unconditional branch is "full generation" where the model knows it
+    full = ("class_generation", "full_generation")
+    knows_full = not set(full).isdisjoint(transformer.config.prompts)
+    free = transformer.prompt_id(*full) if knows_full else prompt
+
+    def conditional(tokens: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = transformer(tokens, mask, class_id=classes, prompt_id=prompt)
+        return logits
+
+    def unconditional(tokens: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = transformer(tokens, mask, prompt_id=free)
+        return logits
+
+    return conditional, unconditional
+
+
+def _checked_video(task: Task, geometry: ClipGeometry, video: Tensor | None) -> Tensor | None:
+    if not task.has_condition:
+        if video is not None:
+            raise ValueError(f"video: expected None, task {task.name} takes no video")
+        return None
+    if video is None:
+        raise ValueError(
+            f"video: task {task.name} needs one of at least {task.min_frames(geometry)} frames of "
+            f"{geometry.height}x{geometry.width}, got None"
+        )
+    if not isinstance(video, Tensor) or not video.is_floating_point():
+        kind = video.dtype if isinstance(video, Tensor) else type(video).__name__
+        raise TypeError(f"video: expected a floating-point Tensor, got {kind}")
+    task.check_video(video, geometry)
+    if video.numel():
+        low, high = (float(v) for v in video.detach().aminmax())
+        if not (low >= 0.0 and high <= 1.0):  # not: NaN fails too
+            raise ValueError(f"video: expected values in [0, 1], got {low} to {high}")
+    return video
+
+
+def _checked_classes(
+    task: Task,
+    transformer: MaskedTransformer,
+    class_id: int | Sequence[int] | Tensor | None,
+    batch: int | None,
+) -> Tensor | None:
+    count = transformer.config.num_classes
+    if not task.class_conditional:
+        if class_id is not None:
+            raise ValueError(f"class_id: expected None, task {task.name} takes no class")
+        return None
+    if count == 0:
+        raise ValueError(f"transformer: it has no classes, but task {task.name} needs one")
+    if class_id is None:
+        raise ValueError(f"class_id: task {task.name} needs one in 0..{count - 1}, got None")
+    classes = torch.as_tensor(class_id).reshape(-1).cpu()
+    if classes.is_floating_point() or classes.dtype == torch.bool:
+        raise TypeError(f"class_id: expected ints, got {classes.dtype}")
+    if not isinstance(class_id, int) and batch not in (None, len(classes)):
+        raise ValueError(f"class_id: expected one id or {batch}, got {len(classes)}")
+    if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < count:
+        raise ValueError(f"class_id: expected ids in 0..{count - 1}, got {classes.tolist()}")
+    if isinstance(class_id, int) and batch is not None:
+        classes = classes.expand(batch)
+    return classes.to(transformer.position_embedding.device, torch.int64)
+
+
+def _check_devices(
+    tokenizer: Tokenizer, transformer: MaskedTransformer, video: Tensor | None
+) -> None:
+    device = transformer.position_embedding.device
+    if isinstance(tokenizer, nn.Module):
+        other = next(tokenizer.parameters()).device
+        if other != device:
+            raise ValueError(
+                f"tokenizer: expected device {device} (the transformer's), got {other}"
+            )
+    if video is not None and video.device != device:
+        raise ValueError(f"video: expected device {device} (the models'), got {video.device}")
+
+
+def _count_windows(task: Task, geometry: ClipGeometry, frames: int | None) -> tuple[int, int]:
+    """How many clips make `frames` frames, and by how many frames they overlap."""
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames: expected 1 or more, got {frames}")
+    if frames is None or frames <= geometry.frames:
+        return 1, 0
+    if not isinstance(task, FrameTask) or task.last:
+        raise ValueError(
+            f"frames: task {task.name} makes one clip of {geometry.frames} frames, got {frames}; "
+            "only frame prediction goes further"
+        )
+    given = task.num_first(geometry)
+    return 1 + math.ceil((frames - geometry.frames) / (geometry.frames - given)), given
+
+
+@contextmanager
+def _evaluation(*models: object) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; every module's own mode again after it."""
+    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode

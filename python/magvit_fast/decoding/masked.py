@@ -1,0 +1,179 @@
+"""Masked decoding: all tokens at once, the least confident again, in a few steps.
+
+Source: MAGVIT algorithm 1 in the form of the released code. Condition tokens (COMMIT) are a special
+kind of mask: while a position inside the condition region is unknown, the network sees its
+condition token z~ in place of MASK; every position, inside too, ends with a token that the model
+chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from magvit_fast import ops
+from magvit_fast.decoding.schedules import Guidance, unknown_counts
+
+# (tokens int64 [B, N], mask bool [B, N]) -> logits [B, N, G, V]
+Predict = Callable[[Tensor, Tensor], Tensor]
+Noise = tuple[Tensor, Tensor]  # Gumbel [B, N, G, V] for the values, Gumbel [B, N] for the choice
+
+
+@dataclass(frozen=True)
+class MaskedDecoding:
+    """How to decode.
+
+    steps, schedule: see schedules.unknown_counts; a tuple of ints in place of a name gives the
+    number of unknown tokens after each step by hand. temperature: of the sampled values (0 = the
+    most likely one). choice_temperature: T of the Gumbel noise on the log-confidence, annealed as T
+    * (1 - (k + 1) / steps). Published values of (steps, schedule, T): (12, cosine, 4.5) by default;
+    BAIR (12, exp, 400); Kinetics-600 (12, uniform, 7.5); MAGVIT-v2 video (12 or 24, cosine, 32).
+    seed: keys the counter-based random numbers; the same seed gives the same tokens on one device.
+    """
+
+    steps: int = 12
+    schedule: str | tuple[int, ...] = "cosine"
+    temperature: float = 1.0
+    choice_temperature: float = 4.5
+    guidance: Guidance = field(default_factory=Guidance)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.counts(1)  # raises for a bad schedule or number of steps
+        for name in ("temperature", "choice_temperature"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a finite value of 0 or more, got {value}")
+
+    def counts(self, num_tokens: int) -> list[int]:
+        """Unknown tokens after each step. The last step leaves none, whatever the schedule says."""
+        if isinstance(self.schedule, str):
+            counts = unknown_counts(self.schedule, num_tokens, self.steps)
+        else:
+            given = list(self.schedule)
+            if len(given) != self.steps or min(given) < 0 or given != sorted(given)[::-1]:
+                raise ValueError(
+                    f"schedule: expected {self.steps} falling numbers of tokens, got {given}"
+                )
+            counts = [min(n, num_tokens) for n in given]
+        return [*counts[:-1], 0]
+
+
+@dataclass(frozen=True)
+class DecodingState:
+    """After step `step` (from 0): tokens int64 [B, N] and which are unknown, bool [B, N].
+
+    `tokens` holds a sample at every position; those of unknown positions are dropped in the next
+    step.
+    """
+
+    step: int
+    tokens: Tensor
+    unknown: Tensor
+
+
+def masked_decoding_steps(
+    predict: Predict,
+    condition: Tensor,
+    condition_mask: Tensor,
+    settings: MaskedDecoding,
+    *,
+    predict_unconditional: Predict | None = None,
+    noise: Sequence[Noise] | None = None,
+    first_step: int = 0,
+) -> Iterator[DecodingState]:
+    """Run masked decoding step by step; see decode_masked for the arguments."""
+    _check(condition, condition_mask, settings, predict_unconditional, noise)
+    num_tokens = condition.shape[1]
+    inside = condition_mask.expand_as(condition)
+    counts = settings.counts(num_tokens)
+    tokens, unknown = condition, torch.ones_like(inside)
+    for k, count in enumerate(counts):
+        progress = (k + 1) / settings.steps
+        shown = torch.where(unknown & inside, condition, tokens)
+        logits = predict(shown, unknown & ~inside)
+        scale = settings.guidance.at(progress)
+        if predict_unconditional is not None and scale > 0:
+            logits = logits + scale * (logits - predict_unconditional(tokens, unknown))
+        tokens, unknown = ops.confidence_remask(
+            logits,
+            tokens,
+            unknown,
+            num_unknown=count,
+            temperature=settings.temperature,
+            choice_temperature=settings.choice_temperature * (1.0 - progress),
+            seed=settings.seed,
+            step=first_step + k,
+            noise=None if noise is None else noise[k],
+        )
+        yield DecodingState(k, tokens, unknown)
+        if count == 0:
+            return
+
+
+@torch.no_grad()
+def decode_masked(
+    predict: Predict,
+    condition: Tensor,
+    condition_mask: Tensor,
+    settings: MaskedDecoding,
+    *,
+    predict_unconditional: Predict | None = None,
+    noise: Sequence[Noise] | None = None,
+    first_step: int = 0,
+) -> Tensor:
+    """Decode all tokens: int64 [B, N].
+
+    Args:
+        predict: (tokens [B, N], mask [B, N]) -> logits [B, N, G, V]; mask True = MASK, the token is
+        ignored. condition: condition tokens z~, int64 [B, N]; anything outside the region (zeros
+        will do). condition_mask: bool [N] or [B, N], True inside the condition region; all False
+        without condition. settings: steps, schedules, temperatures, seed.
+        predict_unconditional: the same without condition; needed for guidance. It sees MASK in
+        place of z~. noise: one pair of Gumbel arrays a step, in place of the seeded draws.
+        first_step: added to the step number that keys the random numbers, for decoding in several
+        windows.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or settings that do not fit; the message names the
+        argument.
+    """
+    tokens = condition
+    for state in masked_decoding_steps(
+        predict,
+        condition,
+        condition_mask,
+        settings,
+        predict_unconditional=predict_unconditional,
+        noise=noise,
+        first_step=first_step,
+    ):
+        tokens = state.tokens
+    return tokens
+
+
+def _check(
+    condition: Tensor,
+    condition_mask: Tensor,
+    settings: MaskedDecoding,
+    predict_unconditional: Predict | None,
+    noise: Sequence[Noise] | None,
+) -> None:
+    if condition.dim() != 2 or condition.shape[1] < 1:
+        raise ValueError(f"condition: expected [B, N], got {tuple(condition.shape)}")
+    if condition.dtype != torch.int64:
+        raise TypeError(f"condition: expected int64, got {condition.dtype}")
+    if condition_mask.dtype != torch.bool:
+        raise TypeError(f"condition_mask: expected bool, got {condition_mask.dtype}")
+    if condition_mask.shape not in (condition.shape, condition.shape[1:]):
+        raise ValueError(
+            f"condition_mask: expected {tuple(condition.shape[1:])} or {tuple(condition.shape)}, "
+            f"got {tuple(condition_mask.shape)}"
+        )
+    if settings.guidance.scale > 0 and predict_unconditional is None:
+        raise ValueError("predict_unconditional: expected a function when guidance is on, got None")
+    if noise is not None and len(noise) < settings.steps:
+        raise ValueError(f"noise: expected {settings.steps} pairs, one a step, got {len(noise)}")

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import magvit_fast as mf
+from magvit_fast.decoding.schedules import Guidance
+from magvit_fast.models import (
+    MagvitV2Config,
+    MagvitV2Tokenizer,
+    MaskedTransformer,
+    MaskedTransformerConfig,
+)
+from magvit_fast.tasks import TASKS
+
+SIZE = 16  # 17 frames of 16 x 16 pixels -> 5 x 4 x 4 tokens of 6 bits
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> MagvitV2Tokenizer:
+    torch.manual_seed(0)
+    config = MagvitV2Config(
+        filters=4,
+        channel_multipliers=(1, 1, 2),
+        temporal_downsample=(True, True),
+        num_res_blocks=1,
+        num_bits=6,
+    )
+    return MagvitV2Tokenizer(config)
+
+
+@pytest.fixture(scope="module")
+def transformer() -> MaskedTransformer:
+    return make_transformer()
+
+
+def make_transformer(**changes: Any) -> MaskedTransformer:
+    torch.manual_seed(1)
+    config = MaskedTransformerConfig(
+        hidden_size=16, num_layers=1, num_heads=2, mlp_size=32, grid=(5, 4, 4), subtoken_size=8,
+        num_classes=3, init_std=0.5,
+    )  # fmt: skip
+    return MaskedTransformer(dataclasses.replace(config, **changes))
+
+
+def clip(frames: int = 17, batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, 3, frames, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+
+
+def test_frame_prediction(tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer) -> None:
+    video = clip()
+    run = lambda **more: mf.generate(  # noqa: E731
+        tokenizer, transformer, task="frame_prediction", steps=4, **{"video": video, **more}
+    )
+    out = run()
+    assert out.shape == video.shape
+    assert not out.requires_grad
+    assert 0 <= out.min() <= out.max() <= 1
+    assert torch.equal(out, run())
+    assert not torch.equal(out, run(seed=1))
+    # only the given frames matter
+    assert torch.equal(out, run(video=video[:, :, :5]))
+    changed = torch.cat([video[:, :, :5], 1 - video[:, :, 5:]], dim=2)
+    assert torch.equal(out, run(video=changed))
+    assert not torch.equal(out, run(video=1 - video))
+
+
+def test_the_modes_of_the_models_are_left_alone(tokenizer: MagvitV2Tokenizer) -> None:
+    transformer = make_transformer(dropout=0.5)
+    transformer.layers[0].eval()
+    tokenizer.train()
+    video = clip(5)
+    outs = [
+        mf.generate(tokenizer, transformer, task="frame_prediction", video=video, steps=2)
+        for _ in range(2)
+    ]
+    assert torch.equal(*outs)  # no dropout inside
+    assert transformer.training
+    assert not transformer.layers[0].training
+    assert tokenizer.training
+
+
+@pytest.mark.parametrize("task", [n for n, t in TASKS.items() if t.has_condition])
+def test_every_task_with_a_condition(
+    task: str, tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer
+) -> None:
+    classes = 1 if TASKS[task].class_conditional else None
+    video = clip()
+    out = mf.generate(tokenizer, transformer, task=task, video=video, class_id=classes, steps=2)
+    assert out.shape == video.shape
+
+
+def test_class_generation(tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer) -> None:
+    run = lambda ids, **more: mf.generate(  # noqa: E731
+        tokenizer, transformer, task="class_generation", class_id=ids, steps=3, **more
+    )
+    assert run(2).shape == (1, 3, 17, SIZE, SIZE)
+    both = run([2, 0])
+    assert torch.equal(both, run(torch.tensor([2, 0])))
+    assert torch.equal(both[:1], run([2, 1])[:1])
+    assert not torch.equal(both, run([0, 2]))
+    assert not torch.equal(both, run([2, 0], guidance=3.0))
+    assert torch.equal(run(1, guidance=3.0), run(1, guidance=Guidance(3.0)))
+
+
+def test_long_videos_by_sliding(
+    tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer
+) -> None:
+    video = clip(5)
+    run = lambda frames: mf.generate(  # noqa: E731
+        tokenizer, transformer, task="frame_prediction", video=video, steps=2, frames=frames
+    )
+    one, long = run(None), run(40)
+    assert long.shape[2] == 40
+    assert torch.equal(long[:, :, :17], one)
+    assert torch.equal(run(10), one[:, :, :10])
+    assert torch.equal(run(29), long[:, :, :29])  # exactly two windows
+
+
+def test_prompts_reach_the_transformer(tokenizer: MagvitV2Tokenizer) -> None:
+    model = make_transformer(prompts=("frame_prediction", "outpainting"))
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(kwargs["prompt_id"]), with_kwargs=True
+    )
+    mf.generate(tokenizer, model, task="outpainting_vertical", video=clip(), steps=2)
+    assert seen == [1, 1]
+    mf.generate(tokenizer, model, task="frame_prediction", video=clip(), steps=1, guidance=1.0)
+    assert seen[2:] == [0, 0]
+    with pytest.raises(ValueError, match="task: expected one of the model's prompts"):
+        mf.generate(tokenizer, model, task="inpainting_central", video=clip())
+
+
+def test_injected_noise(tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer) -> None:
+    noise = [(torch.randn(2, 80, 2, 8), torch.randn(2, 80)) for _ in range(2)]
+    run = lambda **more: mf.generate(  # noqa: E731
+        tokenizer, transformer, task="frame_prediction", video=clip(), steps=2, noise=noise, **more
+    )
+    assert torch.equal(run(seed=1), run(seed=2))
+    with pytest.raises(ValueError, match="noise: expected None for a result of 2 clips"):
+        run(frames=20)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"task": "predict"}, ValueError, "task: expected one of frame_prediction, .*'predict'"),
+        ({"video": None}, ValueError, r"frame_prediction needs one of at least 5 frames of 16x16"),
+        ({"video": clip(4)}, ValueError, "needs at least 5 frames, got 4"),
+        ({"video": clip()[..., :8]}, ValueError, "expected 16x16 pixels, got 16x8"),
+        ({"video": clip()[0]}, ValueError, r"video: expected \[B, C, T, H, W\]"),
+        ({"video": clip() * 255}, ValueError, r"video: expected values in \[0, 1\]"),
+        ({"video": clip() * float("nan")}, ValueError, r"video: expected values in \[0, 1\]"),
+        ({"video": clip().byte()}, TypeError, "video: expected a floating-point Tensor"),
+        ({"class_id": 1}, ValueError, "class_id: expected None, task frame_prediction takes no"),
+        ({"frames": 0}, ValueError, "frames: expected 1 or more, got 0"),
+        ({"steps": 0}, ValueError, "steps: expected 1 or more, got 0"),
+        ({"schedule": "linear"}, ValueError, "schedule: expected one of uniform, cosine"),
+        ({"guidance": -1.0}, ValueError, "guidance: expected a scale of 0 or more"),
+        ({"choice_temperature": -1.0}, ValueError, "choice_temperature: expected"),
+        (
+            {"task": "class_generation", "class_id": 1},
+            ValueError,
+            "video: expected None, task class_generation takes no video",
+        ),
+        (
+            {"task": "class_generation", "video": None},
+            ValueError,
+            r"class_id: task class_generation needs one in 0\.\.2, got None",
+        ),
+        (
+            {"task": "class_frame_prediction", "class_id": 3},
+            ValueError,
+            r"class_id: expected ids in 0\.\.2, got \[3\]",
+        ),
+        (
+            {"task": "class_frame_prediction", "class_id": [0, 1, 2]},
+            ValueError,
+            "class_id: expected one id or 2, got 3",
+        ),
+        ({"task": "class_frame_prediction", "class_id": 0.5}, TypeError, "class_id: expected ints"),
+        (
+            {"task": "outpainting_central", "frames": 30},
+            ValueError,
+            "outpainting_central makes one clip of 17 frames, got 30",
+        ),
+    ],
+)
+def test_bad_input_names_both_sides(
+    change: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tokenizer: MagvitV2Tokenizer,
+    transformer: MaskedTransformer,
+) -> None:
+    arguments = {"task": "frame_prediction", "video": clip(), **change}
+    with pytest.raises(error, match=message):
+        mf.generate(tokenizer, transformer, **arguments)
+
+
+def test_models_that_do_not_fit(tokenizer: MagvitV2Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"2 x 16 sub-tokens hold 8 bits, but the .* have 6 bits"):
+        mf.generate(
+            tokenizer, make_transformer(subtoken_size=16), task="frame_prediction", video=clip()
+        )
+    # another grid is another size of video
+    with pytest.raises(ValueError, match="expected 8x16 pixels, got 16x16"):
+        mf.generate(
+            tokenizer, make_transformer(grid=(5, 2, 4)), task="frame_prediction", video=clip()
+        )
+    with pytest.raises(ValueError, match="it has no classes"):
+        mf.generate(tokenizer, make_transformer(num_classes=0), task="class_generation", class_id=0)
