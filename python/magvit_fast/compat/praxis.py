@@ -1,25 +1,28 @@
 """Weights of Google's MAGVIT-v2 port (google/praxis, layers/video) for our modules.
 
-Parameter names there are paths such as `encoder/res_blocks_3/conv_0/w`, often stored as `param/<path>` or
-`<case>/param/<path>`. The rules of conversion:
-
-    convolution `w` (kT, kH, kW, C_in, C_out)   -> weight [C_out, C_in, KT, KH, KW]
-    linear `w` (in, out)                        -> weight [out, in]
-    group norm `gamma` (1, 1, 1, C)             -> weight [C] = 1 + gamma (stored as an offset from one)
-    every bias and `beta`                       -> flat, unchanged
-    encoder/res_blocks_k                        -> all blocks of all levels in order, then the final ones
-    decoder/res_blocks_k                        -> the blocks beside the latent, then the levels, deepest first
-    encoder/conv_downsample_layers_i            -> after level i (shallow to deep)
-    decoder/cond_norm_layers_j, conv_upsample_layers_j -> in the order of execution (j = 0 is the deepest)
-
-Activations convert by `to_channels_first` / `to_channels_last` ((B, T, H, W, C) there, [B, C, T, H, W] here).
-
-    config = praxis_config(json.loads(settings))
+    config = praxis_config(settings)            # the port's own settings, a mapping or JSON
     model = MagvitV2Tokenizer(config)
-    load_praxis(model, {name: array})
+    load_praxis(model, {name: array})           # or one layer: load_praxis(layer, arrays, prefix)
 
-Differences that remain: an exact zero quantizes to +1 there and to -1 here (the paper's rule). The port guards its
-codebook entropy by 1e-5 inside the logarithm; `praxis_config` sets entropy_eps accordingly.
+Parameter names there are paths such as `encoder/res_blocks_3/conv_0/w`, often stored under
+`param/` or `<case>/param/`. The rules of conversion:
+
+    convolution `w` (kT, kH, kW, C_in, C_out)   weight [C_out, C_in, KT, KH, KW]
+    linear `w` (in, out)                        weight [out, in]
+    group norm `gamma` (1, 1, 1, C)             weight [C] = 1 + gamma: an offset from one there
+    every bias and `beta`                       flat, unchanged
+    encoder/res_blocks_k                        blocks of all levels in order, then the final ones
+    decoder/res_blocks_k                        blocks beside the latent, then levels, deepest first
+    encoder/conv_downsample_layers_i            after level i, shallow to deep
+    decoder/cond_norm_layers_j,
+    decoder/conv_upsample_layers_j              in the order of execution: j = 0 is the deepest
+
+Activations are (B, T, H, W, C) there and [B, C, T, H, W] here: `to_channels_first` and
+`to_channels_last` convert.
+
+Differences that remain: an exact zero quantizes to +1 there and to -1 here (the paper's rule). The
+port guards its codebook entropy by 1e-5 inside the logarithm; `praxis_config` sets entropy_eps
+accordingly.
 """
 
 from __future__ import annotations
@@ -79,9 +82,9 @@ class Slot:
 def praxis_slots(module: nn.Module) -> list[Slot]:
     """Where every parameter of `module` lives in the port.
 
-    Takes a MagvitV2Tokenizer, its Encoder or Decoder, CausalConv3d (and Downsample), Upsample, ResBlock3d,
-    GroupNormSiLU, AdaptiveGroupNorm, nn.Linear (a feed-forward layer there), DiscriminatorBlock or
-    Discriminator3D.
+    Takes a MagvitV2Tokenizer, its Encoder or Decoder, CausalConv3d (and Downsample), Upsample,
+    ResBlock3d, GroupNormSiLU, AdaptiveGroupNorm, nn.Linear (a feed-forward layer there),
+    DiscriminatorBlock or Discriminator3D.
 
     Raises:
         TypeError: any other module.
@@ -128,8 +131,14 @@ def _children(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         yield from _res_blocks(module)
         for i, level in enumerate(module.levels):
             if isinstance(module, Decoder):
-                yield f"cond_norm_layers_{i}/", f"levels.{i}.cond_norm", level.get_submodule("cond_norm")
-            step, path = ("down", "downsample") if isinstance(module, Encoder) else ("up", "upsample")
+                yield (
+                    f"cond_norm_layers_{i}/",
+                    f"levels.{i}.cond_norm",
+                    level.get_submodule("cond_norm"),
+                )
+            step, path = (
+                ("down", "downsample") if isinstance(module, Encoder) else ("up", "upsample")
+            )
             if getattr(level, step) is not None:
                 yield f"conv_{path}_layers_{i}/", f"levels.{i}.{step}", level.get_submodule(step)
     elif isinstance(module, MagvitV2Tokenizer):
@@ -162,7 +171,7 @@ def _res_blocks(module: Encoder | Decoder) -> Iterator[tuple[str, str, nn.Module
         yield f"res_blocks_{k}/", name, module.get_submodule(name)
 
 
-# ---- arrays -----------------------------------------------------------------------------------------
+# ---- arrays --------------------------------------------------------------------------------------
 def to_channels_first(x: NDArray[Any]) -> Tensor:
     """(B, T, H, W, C) -> Tensor [B, C, T, H, W] (a copy)."""
     return torch.from_numpy(np.array(np.moveaxis(x, -1, 1)))
@@ -197,12 +206,12 @@ def _from_port(kind: Kind, array: NDArray[Any]) -> Tensor:
     return value.reshape(-1) + 1 if kind == "gamma" else value.reshape(-1)
 
 
-# ---- public -----------------------------------------------------------------------------------------
+# ---- public --------------------------------------------------------------------------------------
 def praxis_config(settings: Mapping[str, Any] | str, **changes: Any) -> MagvitV2Config:
     """The config of a tokenizer of the port from its settings (a mapping or its JSON text).
 
-    Missing settings take the values of the port's published model; entropy_eps is 1e-5, the port's guard.
-    Settings that say nothing about the model (num_params) are ignored.
+    Missing settings take the values of the port's published model; entropy_eps is 1e-5, the port's
+    guard. Settings that say nothing about the model (num_params) are ignored.
 
     Raises:
         ValueError: a setting that is not known.
@@ -211,7 +220,9 @@ def praxis_config(settings: Mapping[str, Any] | str, **changes: Any) -> MagvitV2
     given.pop("num_params", None)
     unknown = sorted(set(given) - set(_FIELDS))
     if unknown:
-        raise ValueError(f"settings: expected some of {', '.join(_FIELDS)}; got {', '.join(unknown)}")
+        raise ValueError(
+            f"settings: expected some of {', '.join(_FIELDS)}; got {', '.join(unknown)}"
+        )
     fields = {_FIELDS[key]: value for key, value in given.items()}
     return MagvitV2Config(**{"entropy_eps": 1e-5, **fields, **changes})
 
@@ -251,14 +262,15 @@ def load_praxis(
 
     Args:
         module: a whole tokenizer or one layer, see `praxis_slots`.
-        arrays: name -> array, any float dtype (an open npz file will do). Names may carry `param/` in front.
-            Entries that are no parameters of the module's tree are only allowed outside `param/`.
+        arrays: name -> array, any float dtype (an open npz file will do). Names may carry `param/`
+            in front. Entries that are no parameters of the module's tree are only allowed outside
+            `param/`.
         prefix: what comes before `param/` (a case name such as "cn64_e18"), or a sub-path after it
             (such as "decoder/res_blocks_0") when one layer of a larger model is wanted.
 
     Raises:
-        ValueError: a parameter is missing, left over, not finite or of the wrong shape; nothing has been
-            changed then.
+        ValueError: a parameter is missing, left over, not finite or of the wrong shape; nothing has
+            been changed then.
         TypeError: the module has no counterpart in the port.
     """
     found = _select(arrays, prefix)
@@ -272,7 +284,9 @@ def load_praxis(
     values = []
     for slot in slots:
         raw = found[slot.path]
-        value = _from_port(slot.kind, raw.detach().cpu().numpy() if isinstance(raw, Tensor) else raw)
+        value = _from_port(
+            slot.kind, raw.detach().cpu().numpy() if isinstance(raw, Tensor) else raw
+        )
         target = parameters[slot.name]
         if value.shape != target.shape:
             raise ValueError(

@@ -1,4 +1,5 @@
 """The models: one file a system."""
+from __future__ import annotations
 
 from magvit_fast.models.discriminator import Discriminator3D, DiscriminatorConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer, TokenizerOutput

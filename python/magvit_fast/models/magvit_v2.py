@@ -1,13 +1,14 @@
 """The MAGVIT-v2 tokenizer: a causal 3D autoencoder around a lookup-free quantizer.
 
-Facts: MAGVIT-v2 (arXiv 2310.05737), section 3 and the appendix architecture figure; where the paper is silent,
-Google's port of the original code. A clip has 1 + 4k frames for the published time stride of 4: slot 0 of the
-latent is the first frame alone, slot s depends on frames 0 .. 4s only, and an image is a clip of one frame.
+Facts: MAGVIT-v2 (arXiv 2310.05737), section 3 and the appendix architecture figure; where the paper
+is silent, Google's port of the original code. A clip has 1 + 4k frames for the published time
+stride of 4: slot 0 of the latent is the first frame alone, slot s depends on frames 0 .. 4s only,
+    and an image is a clip of one frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from magvit_fast.nn.conv import CausalConv3d
 from magvit_fast.nn.norm import AdaptiveGroupNorm, GroupNormSiLU, group_count
 from magvit_fast.nn.quantize import LFQ, EntropyKind
 from magvit_fast.nn.resample import Downsample, Upsample
-from magvit_fast.nn.stream import StreamState
+from magvit_fast.nn.stream import StreamState, rechunk
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class MagvitV2Config:
     Attributes:
         filters: base width f.
         channel_multipliers: width of level i is f * channel_multipliers[i].
-        temporal_downsample: whether the down-sampling after level i halves time too; one entry per level
-            but the last.
+        temporal_downsample: whether the down-sampling after level i halves time too; one entry per
+            level but the last.
         num_res_blocks: residual blocks per level (and once more beside the latent).
         num_bits: bits of a token = channels of the latent.
         in_channels: channels of the video.
         conv_shortcut: 3x3x3 instead of 1x1x1 shortcuts where a block changes the width.
-        num_token_groups, entropy_groups, entropy_weight, entropy_balance, commitment_weight, temperature,
-            entropy_eps, entropy_kind: see nn.quantize.LFQ.
+        num_token_groups, entropy_groups, entropy_weight, entropy_balance, commitment_weight,
+            temperature, entropy_eps, entropy_kind: see nn.quantize.LFQ.
     """
 
     filters: int = 128
@@ -197,9 +198,7 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.num_bits, widths[-1], 3)
         self.mid_blocks = _blocks(config, widths[-1], widths[-1])
         # In the order of execution: the deepest level first.
-        self.levels = nn.ModuleList(
-            DecoderLevel(config, i) for i in reversed(range(len(widths)))
-        )
+        self.levels = nn.ModuleList(DecoderLevel(config, i) for i in reversed(range(len(widths))))
         self.norm_out = GroupNormSiLU(widths[0])
         self.conv_out = CausalConv3d(widths[0], config.in_channels, 3)
         self.checkpointed: frozenset[int] = frozenset()
@@ -215,6 +214,12 @@ class Decoder(nn.Module):
         return out
 
 
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value}")
+    return value
+
+
 def _run(level: nn.Module, recompute: bool, *args: Tensor | StreamState | None) -> Tensor:
     out: Tensor
     if recompute and torch.is_grad_enabled():
@@ -224,7 +229,7 @@ def _run(level: nn.Module, recompute: bool, *args: Tensor | StreamState | None) 
     return out
 
 
-class MagvitV2Tokenizer(PretrainedMixin, nn.Module):
+class MagvitV2Tokenizer(PretrainedMixin):
     """Video <-> tokens. Videos are [B, C, T, H, W] in [0, 1]; ids int64 [B, T', H', W'].
 
     Example:
@@ -254,7 +259,11 @@ class MagvitV2Tokenizer(PretrainedMixin, nn.Module):
 
     # ---- the whole clip -------------------------------------------------------------------------
     def forward(self, video: Tensor) -> TokenizerOutput:
-        """One training pass. Raises ValueError / TypeError for a video it cannot take (see encode)."""
+        """One training pass.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
         z = self.encoder(self._check_video(video))
         quantized = self.quantizer(z)
         reconstruction = self.decoder(quantized.quantized)
@@ -265,14 +274,16 @@ class MagvitV2Tokenizer(PretrainedMixin, nn.Module):
 
         Raises:
             TypeError: the video is no floating-point Tensor.
-            ValueError: wrong number of axes, channels or frames, or H, W no multiple of the space stride.
+            ValueError: wrong number of axes, channels or frames, or H, W no multiple of the space
+                stride.
         """
         z = self.encoder(self._check_video(video))
         ids: Tensor = self.quantizer(z, with_losses=False).ids
         return ids
 
     def decode(self, ids: Tensor) -> Tensor:
-        """ids int64 [B, T', H', W'] -> video [B, C, 1 + s_t (T' - 1), s_h H', s_w W'], clamped to [0, 1].
+        """ids int64 [B, T', H', W'] -> video [B, C, 1 + s_t (T' - 1), s_h H', s_w W'], clamped to
+        [0, 1].
 
         Raises:
             TypeError: ids are not int64.
@@ -281,11 +292,80 @@ class MagvitV2Tokenizer(PretrainedMixin, nn.Module):
         video: Tensor = self.decoder(self._latent(ids))
         return video.clamp(0, 1)
 
+    # ---- chunk by chunk -------------------------------------------------------------------------
+    def encode_stream(
+        self,
+        frames: Tensor | Iterable[Tensor],
+        *,
+        state: StreamState | None = None,
+        chunk_slots: int = 4,
+    ) -> Iterator[Tensor]:
+        """Encode a video of any length with a memory that does not grow.
+
+        Args:
+            frames: the video [B, C, T, H, W], or pieces of it of any lengths along T.
+            state: memory of the stream; one made for this call unless given. After the last chunk
+                it can be given to a further call, which then continues the same video (with a
+                multiple of s_t frames).
+            chunk_slots: at most so many latent slots are computed at once.
+
+        Yields:
+            ids int64 [B, n, H', W']; their concatenation along axis 1 equals `encode` of the whole.
+
+        Raises:
+            TypeError, ValueError: as `encode`, when the offending piece is reached; and at the end
+                if the whole length is not 1 + s_t k.
+        """
+        state, step = StreamState() if state is None else state, self.config.time_stride
+        pieces = [frames] if isinstance(frames, Tensor) else frames
+        most = _positive("chunk_slots", chunk_slots) * step
+        for chunk in rechunk(pieces, 2, step=step, most=most, started=state.started, name="frames"):
+            yield self._encode_chunk(chunk, state)
+
+    def decode_stream(
+        self,
+        ids: Tensor | Iterable[Tensor],
+        *,
+        state: StreamState | None = None,
+        chunk_slots: int = 4,
+    ) -> Iterator[Tensor]:
+        """Decode tokens of any length with a memory that does not grow.
+
+        Args:
+            ids: int64 [B, T', H', W'], or pieces of it of any lengths along T'.
+            state, chunk_slots: as in `encode_stream`.
+
+        Yields:
+            video [B, C, n, H, W] in [0, 1]; the concatenation along axis 2 equals `decode` of the
+            whole.
+
+        Raises:
+            TypeError, ValueError: as `decode`, when the offending piece is reached.
+        """
+        state = StreamState() if state is None else state
+        pieces = [ids] if isinstance(ids, Tensor) else ids
+        most = _positive("chunk_slots", chunk_slots)
+        for chunk in rechunk(pieces, 1, step=1, most=most, started=state.started, name="ids"):
+            yield self._decode_chunk(chunk, state)
+
+    @torch.no_grad()
+    def _encode_chunk(self, chunk: Tensor, state: StreamState) -> Tensor:
+        z = self.encoder(self._check_video(chunk, whole=False), state)
+        state.started = True
+        ids: Tensor = self.quantizer(z, with_losses=False).ids
+        return ids
+
+    @torch.no_grad()
+    def _decode_chunk(self, chunk: Tensor, state: StreamState) -> Tensor:
+        video: Tensor = self.decoder(self._latent(chunk), state)
+        state.started = True
+        return video.clamp(0, 1)
+
     def set_gradient_checkpointing(self, levels: Sequence[int] | bool = True) -> None:
         """Recompute the activations of these levels in the backward pass instead of keeping them.
 
-        `levels` counts from the pixels (0) to the latent, encoder and decoder alike; True means all,
-        False none. The first levels hold most of the memory.
+        `levels` counts from the pixels (0) to the latent, encoder and decoder alike; True means
+        all, False none. The first levels hold most of the memory.
         """
         count = len(self.config.channel_multipliers)
         chosen = range(count if levels else 0) if isinstance(levels, bool) else levels
@@ -297,7 +377,8 @@ class MagvitV2Tokenizer(PretrainedMixin, nn.Module):
     def _check_video(self, video: Tensor, *, whole: bool = True) -> Tensor:
         if not isinstance(video, Tensor) or not video.is_floating_point():
             raise TypeError(
-                f"video: expected a floating-point Tensor, got {getattr(video, 'dtype', type(video))}"
+                "video: expected a floating-point Tensor, "
+                f"got {getattr(video, 'dtype', type(video))}"
             )
         c = self.config.in_channels
         if video.dim() != 5 or video.shape[1] != c:
@@ -309,9 +390,7 @@ class MagvitV2Tokenizer(PretrainedMixin, nn.Module):
                 f"video: expected 1 + {step}k frames (1, {1 + step}, {1 + 2 * step}, ...), got {t}"
             )
         if h < 1 or w < 1 or h % s or w % s:
-            raise ValueError(
-                f"video: expected height and width in multiples of {s}, got {h} x {w}"
-            )
+            raise ValueError(f"video: expected height and width in multiples of {s}, got {h} x {w}")
         return video.contiguous(memory_format=torch.channels_last_3d)
 
     def _latent(self, ids: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ from magvit_fast.ops.causal_conv3d import PadMode
 class CausalConv3d(nn.Module):
     """3D convolution that sees the present frame and the ones before it (MAGVIT-v2, section 3.2).
 
-    Time is padded in front only, by kernel - 1 frames; space by (k - 1) // 2 before and k // 2 after;
-    border values are repeated ("replicate", as in Google's port) unless told otherwise.
+    Time is padded in front only, by kernel - 1 frames; space by (k - 1) // 2 before and k // 2
+    after; border values are repeated ("replicate", as in Google's port) unless told otherwise.
     Output length is ceil(n / stride) on every axis.
 
     Args:
         in_channels, out_channels: widths.
-        kernel_size, stride: an int or three ints (t, h, w). The kernel may not be shorter than the stride in time.
+        kernel_size, stride: an int or three ints (t, h, w). The kernel may not be shorter than the
+            stride in time.
         bias: whether a bias is added.
         time_mode, space_mode: "zeros" | "replicate" | "reflect".
     """
@@ -61,14 +62,13 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
 
-        With `state` the frames continue a stream: the first chunk has 1 (mod s_t) frames, later ones a
-        multiple of s_t.
+        With `state` the frames continue a stream: the first chunk has 1 (mod s_t) frames, later
+        ones a multiple of s_t.
         """
         history, padding = None, None
-        if state is not None and self.kernel_size[0] > 1:
+        if state is not None:
             history = state.history(self)
-            if state.started:
-                padding = self._continuing_padding()
+            padding = self._continuing_padding() if state.started else None
         y = ops.causal_conv3d(
             x,
             self.weight,
@@ -79,15 +79,22 @@ class CausalConv3d(nn.Module):
             space_mode=self.space_mode,
             history=history,
         )
-        if state is not None and self.kernel_size[0] > 1:
-            keep = self.kernel_size[0] - 1
-            seen = x if history is None else torch.cat([history.to(x.dtype), x], dim=2)
-            state.remember(self, seen[:, :, -keep:])
+        if state is not None:
+            self._remember(x, history, state)
         return y
 
+    def _remember(self, x: Tensor, history: Tensor | None, state: StreamState) -> None:
+        keep = self.kernel_size[0] - self.stride[0]
+        if keep == 0:
+            return
+        if history is not None and x.shape[2] < keep:
+            x = torch.cat([history.to(x.dtype), x], dim=2)
+        state.remember(self, x[:, :, -keep:])
+
     def _continuing_padding(self) -> tuple[int, int, int, int, int, int]:
-        # The first window ends at the first frame of the video; from then on windows end at the last of
-        # every s_t frames, so that the first window of a continuing chunk reaches k_t - s_t frames back.
+        # The first window ends at the first frame of the video; from then on windows end at the
+        # last of every s_t frames, so that the first window of a continuing chunk reaches k_t - s_t
+        # frames back.
         (kt, kh, kw), st = self.kernel_size, self.stride[0]
         return kt - st, 0, (kh - 1) // 2, kh // 2, (kw - 1) // 2, kw // 2
 

@@ -21,15 +21,17 @@ def group_count(channels: int) -> int:
     """
     if channels < 1 or (channels > MAX_GROUPS and channels % MAX_GROUPS):
         raise ValueError(
-            f"channels: expected fewer than {MAX_GROUPS} or a multiple of {MAX_GROUPS}, got {channels}"
+            f"channels: expected fewer than {MAX_GROUPS} or a multiple of it, got {channels}"
         )
     return min(channels, MAX_GROUPS)
 
 
 class GroupNormSiLU(nn.Module):
-    """Group norm over (H, W, C / groups) of each frame, then SiLU (or nothing with activation=None).
+    """Group norm over (H, W, C / groups) of each frame, then SiLU (or nothing with
+    activation=None).
 
-    `weight` multiplies directly; Google's port stores it as an offset from one (compat.praxis adds the one).
+    `weight` multiplies directly; Google's port stores it as an offset from one (compat.praxis adds
+    the one).
     """
 
     def __init__(self, channels: int, *, activation: Literal["silu"] | None = "silu") -> None:
@@ -53,8 +55,8 @@ class GroupNormSiLU(nn.Module):
 def upsample_nearest(x: Tensor, factor: tuple[int, int, int], frames: int) -> Tensor:
     """Repeat [B, C, T', H', W'] by `factor` and keep the last `frames` frames of the result.
 
-    The causal up-samplers drop leading frames; doing that level by level and doing it once at the end give
-    the same map from frame to latent slot, so that one call serves any number of levels.
+    The causal up-samplers drop leading frames; doing that level by level and doing it once at the
+    end give the same map from frame to latent slot, so that one call serves any number of levels.
     """
     st, sh, sw = factor
     b, c, t, h, w = x.shape
@@ -66,9 +68,9 @@ def upsample_nearest(x: Tensor, factor: tuple[int, int, int], frames: int) -> Te
 class AdaptiveGroupNorm(nn.Module):
     """Group norm whose scale and shift are linear functions of a condition at the same position.
 
-    y = norm(x) * (1 + W_g z + b_g) + (W_b z + b_b); no activation follows (MAGVIT-v2, section 3.2 of the
-    facts and the port's CondNorm). The two maps are linear per position, so they are applied before the
-    condition is repeated to x's resolution: the same values at a fraction of the work.
+    y = norm(x) * (1 + W_g z + b_g) + (W_b z + b_b); no activation follows (MAGVIT-v2, appendix
+    architecture figure; CondNorm of Google's port). The two maps are linear per position, so they
+    are applied before the condition is repeated to x's resolution: the same values for less work.
     """
 
     def __init__(self, channels: int, condition_channels: int) -> None:

@@ -22,7 +22,7 @@ class LFQOutput:
         quantized: -1 / +1 in z's shape, with the straight-through gradient.
         ids: int64 [B, T', H', W'], channel 0 the least significant bit.
         losses: scalars. "commitment" and "entropy" carry their weights, "quantizer" is their sum;
-            "sample_entropy" and "codebook_entropy" are plain nats. Empty if no losses were asked for.
+            "sample_entropy" and "codebook_entropy" are plain nats. Empty if none were asked for.
     """
 
     quantized: Tensor
@@ -31,28 +31,31 @@ class LFQOutput:
 
 
 class LFQ(nn.Module):
-    """Lookup-free quantizer of MAGVIT-v2 (section 3.1 of the paper) with the options of Google's port.
+    """Lookup-free quantizer of MAGVIT-v2 (section 3.1 of the paper) with the options of Google's
+    port.
 
-    z > 0 gives bit 1 (+1), z <= 0 gives bit 0 (-1): the paper's rule. Google's port sends +0.0 and -0.0 to +1
-    instead; the two differ at exact zeros only.
+    z > 0 gives bit 1 (+1), z <= 0 gives bit 0 (-1): the paper's rule. Google's port sends +0.0 and
+    -0.0 to +1 instead; the two differ at exact zeros only.
 
         commitment = commitment_weight * mean((z - sg(q))**2)
         entropy    = entropy_weight * (sample_entropy - entropy_balance * codebook_entropy)
 
-    where bit i is a Bernoulli with p(+) = sigmoid(4 z_i / temperature); sample_entropy is the mean over
-    positions of the sum over bits, codebook_entropy the entropy of the mean distribution over all 2**D codes,
-    both in nats. No activation comes before the sign and there is no codebook loss.
+    where bit i is a Bernoulli with p(+) = sigmoid(4 z_i / temperature); sample_entropy is the mean
+    over positions of the sum over bits, codebook_entropy the entropy of the mean distribution over
+    all 2**D codes, both in nats. No activation comes before the sign and there is no codebook loss.
 
     Args:
         num_bits: D, the channels of z.
-        num_token_groups: into how many sub-tokens `split_ids` cuts an id (ceil(D / groups) bits each,
-            the last may be shorter).
-        entropy_groups: with G > 1 codebook_entropy is the MEAN over groups of D / G bits: the G contiguous
-            ones and, if a group has more than one bit, the G strided ones (channels j, j + G, ...).
-            sample_entropy stays the sum over all bits, so that the two no longer balance (as in the port).
+        num_token_groups: into how many sub-tokens `split_ids` cuts an id (ceil(D / groups) bits
+            each, the last may be shorter).
+        entropy_groups: with G > 1 codebook_entropy is the MEAN over groups of D / G bits: the G
+            contiguous ones and, if a group has more than one bit, the G strided ones (channels j, j
+            + G, ...). sample_entropy stays the sum over all bits, so that the two no longer balance
+            (as in the port).
         entropy_weight, entropy_balance, commitment_weight, temperature: see above.
-        entropy_eps: 0 is the exact entropy. The port adds 1e-5 to the probability inside the codebook
-            entropy's logarithm, which at 2**18 codes caps it at 11.19 nats of 12.48; pass 1e-5 to match it.
+        entropy_eps: 0 is the exact entropy. The port adds 1e-5 to the probability inside the
+            codebook entropy's logarithm, which at 2**18 codes caps it at 11.19 nats of 12.48; pass
+            1e-5 to match it.
         entropy_kind: "argmax" puts one-hot(argmax p) for p in value, with the gradient of p
             (needs entropy_eps > 0: most codes then have probability zero).
         sync: across processes the mean distribution is averaged over all of them while training.
@@ -104,7 +107,7 @@ class LFQ(nn.Module):
     @property
     def num_codes(self) -> int:
         """2**D."""
-        return 2**self.num_bits
+        return 1 << self.num_bits
 
     @property
     def group_bits(self) -> int:
@@ -119,7 +122,9 @@ class LFQ(nn.Module):
             ValueError: an id is outside 0 .. 2**D - 1.
         """
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-            raise TypeError(f"ids: expected an int64 Tensor, got {getattr(ids, 'dtype', type(ids))}")
+            raise TypeError(
+                f"ids: expected an int64 Tensor, got {getattr(ids, 'dtype', type(ids))}"
+            )
         if ids.numel():
             low, high = (int(v) for v in torch.aminmax(ids))
             if low < 0 or high >= self.num_codes:
@@ -132,18 +137,22 @@ class LFQ(nn.Module):
     def split_ids(self, ids: Tensor) -> Tensor:
         """ids [...] -> sub-tokens [..., G], the least significant bits first."""
         shifts = self.group_bits * torch.arange(self.num_token_groups, device=ids.device)
-        return (ids.unsqueeze(-1) >> shifts) & (2**self.group_bits - 1)
+        sub_tokens: Tensor = (ids.unsqueeze(-1) >> shifts) & ((1 << self.group_bits) - 1)
+        return sub_tokens
 
     def merge_ids(self, sub_tokens: Tensor) -> Tensor:
         """The inverse of split_ids: [..., G] -> [...]."""
         shifts = self.group_bits * torch.arange(self.num_token_groups, device=sub_tokens.device)
-        return (sub_tokens << shifts).sum(-1)
+        ids: Tensor = (sub_tokens << shifts).sum(-1)
+        return ids
 
     # ---- losses ---------------------------------------------------------------------------------
     def forward(self, z: Tensor, *, with_losses: bool = True) -> LFQOutput:
         """z [B, D, T', H', W'] (any float dtype) -> LFQOutput."""
         if z.dim() < 2 or z.shape[1] != self.num_bits:
-            raise ValueError(f"z: expected {self.num_bits} channels on axis 1, got {tuple(z.shape)}")
+            raise ValueError(
+                f"z: expected {self.num_bits} channels on axis 1, got {tuple(z.shape)}"
+            )
         quantized, ids = ops.lfq_quantize(z, channel_dim=1)
         losses = self._losses(z, quantized) if with_losses else {}
         return LFQOutput(quantized, ids, losses)
@@ -190,7 +199,8 @@ class LFQ(nn.Module):
 
 
 def _half_probabilities(log_plus: Tensor, log_minus: Tensor) -> Tensor:
-    """Log-probabilities of d bits [N, d] -> probabilities of their 2**d patterns [N, 2**d], bit 0 lowest."""
+    """Log-probabilities of d bits [N, d] -> probabilities of their 2**d patterns [N, 2**d], bit 0
+    lowest."""
     table = log_plus.new_zeros(log_plus.shape[0], 1)
     for i in range(log_plus.shape[1]):
         table = torch.cat([table + log_minus[:, i : i + 1], table + log_plus[:, i : i + 1]], dim=1)
@@ -200,9 +210,10 @@ def _half_probabilities(log_plus: Tensor, log_minus: Tensor) -> Tensor:
 def _argmax_entropy(z: Tensor, inv_temperature: float, eps: float) -> tuple[Tensor, Tensor]:
     """Entropies with one-hot(argmax p) in value and the gradient of p.
 
-    With t = onehot + p - sg(p), the sample term is the mean of -sum_k t_k ln p_k. Its value is -ln p(argmax);
-    the extra gradient -sum_k ln p_k dp_k is that of the entropy of p, which factorizes over the bits.
-    The codebook term needs the mean of t: the histogram of the codes plus (mean p - sg(mean p)).
+    With t = onehot + p - sg(p), the sample term is the mean of -sum_k t_k ln p_k. Its value is
+    -ln p(argmax); the extra gradient -sum_k ln p_k dp_k is that of the entropy of p, which
+    factorizes over the bits. The codebook term needs the mean of t: the histogram of the codes plus
+    (mean p - sg(mean p)).
     """
     flat = z.movedim(1, -1).reshape(-1, z.shape[1])
     a = 4.0 * inv_temperature * flat

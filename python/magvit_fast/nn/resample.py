@@ -10,10 +10,11 @@ from magvit_fast.nn.stream import StreamState
 
 
 class Downsample(CausalConv3d):
-    """Strided causal convolution, 4x4x4 with bias: [B, C, T, H, W] -> [B, C, ceil(T / s_t), H / 2, W / 2].
+    """Strided causal convolution, 4x4x4 with bias: [B, C, T, H, W] -> [B, C, ceil(T / s_t), H / 2,
+    W / 2].
 
-    s_t is 2 where `temporal`, else 1. The paper's figure says 3x3x3; its parameter count (58M in Table 5a)
-    and Google's port say 4x4x4.
+    s_t is 2 where `temporal`, else 1. The paper's figure says 3x3x3; its parameter count (58M in
+    Table 5a) and Google's port say 4x4x4.
     """
 
     def __init__(self, channels: int, *, temporal: bool) -> None:
@@ -23,8 +24,8 @@ class Downsample(CausalConv3d):
 class Upsample(nn.Module):
     """Causal 3x3x3 convolution to s_t * 4 times the channels, then depth to space.
 
-    The first s_t - 1 frames of the result are dropped, so that t slots give s_t * (t - 1) + 1 frames; in a
-    stream that happens in the first chunk only.
+    The first s_t - 1 frames of the result are dropped, so that t slots give s_t * (t - 1) + 1
+    frames; in a stream that happens in the first chunk only.
     """
 
     def __init__(self, channels: int, *, temporal: bool) -> None:

@@ -41,8 +41,8 @@ def depth_to_space3d(
     """Depth to space over three axes; see the module's text for the channel order.
 
     Raises:
-        TypeError, ValueError: x is not 5-D, its channels are no multiple of the product of `factor`, or
-            `drop_first` is negative or larger than the T * s_t frames there are.
+        TypeError, ValueError: x is not 5-D, its channels are no multiple of the product of
+            `factor`, or `drop_first` is negative or larger than the T * s_t frames there are.
         NotImplementedError: impl="native" (no kernel yet).
     """
     check_tensor("x", x, ndim=5)

@@ -1,10 +1,10 @@
 """group_norm_silu: group normalization, affine or adaptive, and SiLU in one op.
 
 Contract
-    x [B, C, T, H, W]; the C channels form `num_groups` groups of neighbors. Statistics (biased variance,
-    eps under the root) run over (C / num_groups, H, W) of one frame when `per_frame`, else over
-    (C / num_groups, T, H, W). Per frame is what keeps MAGVIT-v2 causal; MAGVIT v1 spans time.
-        y = activation((x - mean) / sqrt(var + eps) * weight + bias)
+    x [B, C, T, H, W]; the C channels form `num_groups` groups of neighbors. Statistics (biased
+    variance, eps under the root) run over (C / num_groups, H, W) of one frame when `per_frame`,
+    else over (C / num_groups, T, H, W). Per frame is what keeps MAGVIT-v2 causal; MAGVIT v1 spans
+        time. y = activation((x - mean) / sqrt(var + eps) * weight + bias)
     `weight`, `bias` [C]. The adaptive form multiplies and adds per position after that:
         y = activation(norm(x) * (1 + scale) + shift),  scale and shift broadcastable to x.
 Source
@@ -28,9 +28,10 @@ _NO_KERNEL = "this op has no native kernel yet; its reference serves every devic
 def _centered(x: Tensor, num_groups: int) -> Tensor:
     """x [N, C, ...] less the mean of its group.
 
-    PyTorch's channels-last kernel takes the variance as E[x^2] - E[x]^2, which loses digits when the mean is not
-    small: 4e-5 in float32 at a mean of five deviations. Group norm does not change under a shift of its
-    group, so that the mean may be removed first and without a gradient.
+    PyTorch's channels-last kernel takes the variance as E[x^2] - E[x]^2, which loses digits when
+    the
+    mean is not small: 4e-5 in float32 at a mean of five deviations. Group norm does not change
+    under a shift of its group, so that the mean may be removed first and without a gradient.
     """
     n, channels = x.shape[:2]
     mean = x.detach().flatten(2).mean(2, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -52,10 +53,11 @@ def reference(
 ) -> Tensor:
     if per_frame:
         b, _, t = x.shape[:3]
-        # [B*T, C, H, W]: a view for channels-last input, and then PyTorch's channels-last kernel runs.
+        # [B*T, C, H, W]: a view for channels-last input, and then PyTorch's channels-last kernel
+        # runs.
         frames = x.transpose(1, 2).flatten(0, 1)
         y = F.group_norm(_centered(frames, num_groups), num_groups, weight, bias, eps)
-        y = y.unflatten(0, (b, t)).transpose(1, 2)
+        y = y.view(b, t, *y.shape[1:]).transpose(1, 2)
     else:
         y = F.group_norm(_centered(x, num_groups), num_groups, weight, bias, eps)
     if scale is not None:
@@ -76,7 +78,7 @@ def _check(
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(
-            f"num_groups: expected a positive divisor of the {channels} channels of x, got {num_groups}"
+            f"num_groups: expected a divisor of the {channels} channels of x, got {num_groups}"
         )
     for name, value in affine.items():
         if value is not None:
@@ -100,7 +102,8 @@ def _check_broadcast(name: str, value: Tensor, x: Tensor) -> None:
     )
     if not fits:
         raise ValueError(
-            f"{name}: expected a shape broadcastable to x {tuple(x.shape)}, got {tuple(value.shape)}"
+            f"{name}: expected a shape broadcastable to x's {tuple(x.shape)}, "
+            f"got {tuple(value.shape)}"
         )
 
 
@@ -117,7 +120,8 @@ def group_norm_silu(
     activation: Literal["silu"] | None = "silu",
     impl: str = "auto",
 ) -> Tensor:
-    """Group norm (per frame or clip-wide), affine and adaptive terms, then SiLU. See the module's text.
+    """Group norm (per frame or clip-wide), affine and adaptive terms, then SiLU. See the module's
+    text.
 
     Returns a tensor of x's shape, dtype and memory format. Twice differentiable.
 
@@ -126,7 +130,11 @@ def group_norm_silu(
         NotImplementedError: impl="native" (no kernel yet).
     """
     _check(
-        x, num_groups, {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift}, activation
+        x,
+        num_groups,
+        {"weight": weight, "bias": bias},
+        {"scale": scale, "shift": shift},
+        activation,
     )
     _native.use_native("group_norm_silu", impl, _NO_KERNEL)
     weight, bias, scale, shift = (
