@@ -153,7 +153,9 @@ def test_depth_to_space_is_its_index_map(
                 )
                 first = ((it * sh + ih) * sw + iw) * channels
                 assert torch.equal(y[:, :, t, h, w], x[:, first : first + channels, ct, ch, cw])
-    z = mf.depth_to_space3d(x.contiguous(memory_format=torch.channels_last_3d), factor, drop_first=drop)
+    z = mf.depth_to_space3d(
+        x.contiguous(memory_format=torch.channels_last_3d), factor, drop_first=drop
+    )
     assert torch.equal(z, y)
 
 

@@ -99,7 +99,10 @@ def test_argmax_gradient_is_that_of_its_straight_through_definition() -> None:
     losses = lfq(z).losses
     torch.testing.assert_close(losses["sample_entropy"], sample)
     torch.testing.assert_close(losses["codebook_entropy"], codebook)
-    for ours, theirs in ((losses["sample_entropy"], sample), (losses["codebook_entropy"], codebook)):
+    for ours, theirs in (
+        (losses["sample_entropy"], sample),
+        (losses["codebook_entropy"], codebook),
+    ):
         mine, plain = (torch.autograd.grad(v, z, retain_graph=True)[0] for v in (ours, theirs))
         torch.testing.assert_close(mine, plain)
 

@@ -3,7 +3,7 @@
 Facts: MAGVIT-v2 (arXiv 2310.05737), section 3 and the appendix architecture figure; where the paper
 is silent, Google's port of the original code. A clip has 1 + 4k frames for the published time
 stride of 4: slot 0 of the latent is the first frame alone, slot s depends on frames 0 .. 4s only,
-    and an image is a clip of one frame.
+and an image is a clip of one frame.
 """
 
 from __future__ import annotations
@@ -221,12 +221,9 @@ def _positive(name: str, value: int) -> int:
 
 
 def _run(level: nn.Module, recompute: bool, *args: Tensor | StreamState | None) -> Tensor:
-    out: Tensor
     if recompute and torch.is_grad_enabled():
-        out = checkpoint(level, *args, use_reentrant=False)
-    else:
-        out = level(*args)
-    return out
+        return checkpoint(level, *args, use_reentrant=False)  # type: ignore[no-any-return]
+    return level(*args)  # type: ignore[no-any-return]
 
 
 class MagvitV2Tokenizer(PretrainedMixin):

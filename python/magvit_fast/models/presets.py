@@ -22,10 +22,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_res_blocks": 2,
             "num_bits": 18,
         },
-        # The model of `magvit-fast demo`: 17x64x64 -> 5x8x8 = 320 tokens of 12 bits. 3.7M
-        # parameters: shipped
-        # as float16 they take 7.4 MB of the 16 MB for all weights (a last width of 128 would take
-        # 17.9 MB).
+        # The model of `magvit-fast demo`: 17x64x64 -> 5x8x8 = 320 tokens of 12 bits. Its 3.7M
+        # parameters take 7.4 MB as float16, of the 16 MB for all shipped weights (a last width of
+        # 128 would take 17.9 MB).
         "magvit-v2-demo": {
             "filters": 16,
             "channel_multipliers": (1, 2, 4, 4),

@@ -13,7 +13,7 @@ class ResBlock3d(nn.Module):
     """Norm, SiLU, conv 3x3x3, twice, plus a shortcut of the raw input; no convolution has a bias.
 
     The shortcut is a convolution only where the width changes: 1x1x1, or 3x3x3 with
-        `conv_shortcut`.
+    `conv_shortcut`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, conv_shortcut: bool = False) -> None:

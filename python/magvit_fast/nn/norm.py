@@ -27,8 +27,7 @@ def group_count(channels: int) -> int:
 
 
 class GroupNormSiLU(nn.Module):
-    """Group norm over (H, W, C / groups) of each frame, then SiLU (or nothing with
-    activation=None).
+    """Group norm over (H, W, C / groups) of each frame, then SiLU unless `activation` is None.
 
     `weight` multiplies directly; Google's port stores it as an offset from one (compat.praxis adds
     the one).

@@ -31,8 +31,7 @@ class LFQOutput:
 
 
 class LFQ(nn.Module):
-    """Lookup-free quantizer of MAGVIT-v2 (section 3.1 of the paper) with the options of Google's
-    port.
+    """Lookup-free quantizer of MAGVIT-v2 (section 3.1), with the options of Google's port.
 
     z > 0 gives bit 1 (+1), z <= 0 gives bit 0 (-1): the paper's rule. Google's port sends +0.0 and
     -0.0 to +1 instead; the two differ at exact zeros only.
@@ -49,9 +48,9 @@ class LFQ(nn.Module):
         num_token_groups: into how many sub-tokens `split_ids` cuts an id (ceil(D / groups) bits
             each, the last may be shorter).
         entropy_groups: with G > 1 codebook_entropy is the MEAN over groups of D / G bits: the G
-            contiguous ones and, if a group has more than one bit, the G strided ones (channels j, j
-            + G, ...). sample_entropy stays the sum over all bits, so that the two no longer balance
-            (as in the port).
+            contiguous ones and, if a group has more than one bit, the G strided ones (channels
+            j, j + G, ...). sample_entropy stays the sum over all bits, so that the two no longer
+            balance (as in the port).
         entropy_weight, entropy_balance, commitment_weight, temperature: see above.
         entropy_eps: 0 is the exact entropy. The port adds 1e-5 to the probability inside the
             codebook entropy's logarithm, which at 2**18 codes caps it at 11.19 nats of 12.48; pass
@@ -199,8 +198,7 @@ class LFQ(nn.Module):
 
 
 def _half_probabilities(log_plus: Tensor, log_minus: Tensor) -> Tensor:
-    """Log-probabilities of d bits [N, d] -> probabilities of their 2**d patterns [N, 2**d], bit 0
-    lowest."""
+    """Log-probabilities of d bits [N, d] -> probabilities of their 2**d patterns, bit 0 lowest."""
     table = log_plus.new_zeros(log_plus.shape[0], 1)
     for i in range(log_plus.shape[1]):
         table = torch.cat([table + log_minus[:, i : i + 1], table + log_plus[:, i : i + 1]], dim=1)

@@ -10,8 +10,7 @@ from magvit_fast.nn.stream import StreamState
 
 
 class Downsample(CausalConv3d):
-    """Strided causal convolution, 4x4x4 with bias: [B, C, T, H, W] -> [B, C, ceil(T / s_t), H / 2,
-    W / 2].
+    """Strided causal 4x4x4 convolution with bias, to ceil(T / s_t) x ceil(H / 2) x ceil(W / 2).
 
     s_t is 2 where `temporal`, else 1. The paper's figure says 3x3x3; its parameter count (58M in
     Table 5a) and Google's port say 4x4x4.

@@ -39,12 +39,10 @@ class StreamState:
 def rechunk(
     pieces: Iterable[Tensor], dim: int, *, step: int, most: int, started: bool, name: str
 ) -> Iterator[Tensor]:
-    """Regroup pieces of any lengths along `dim` into chunks that a causal network of time stride
-    `step` takes.
+    """Regroup pieces of any lengths along `dim` for a causal network of time stride `step`.
 
-    The first chunk has 1 + step * k entries (step * k if the stream has `started`), the others step
-    * k, at most
-    `most` in either case (or the least that is possible). A chunk leaves as soon as it is complete.
+    The first chunk has 1 + step * k entries, the others (all, if the stream has `started`) step * k;
+    at most `most`, or the least that is possible. A chunk leaves as soon as it is complete.
 
     Raises:
         TypeError: a piece is not a Tensor.

@@ -60,6 +60,8 @@ def channel_axis(x: Tensor, channel_dim: int) -> int:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for a matrix-product-like op on x's device, or None."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return None
+    if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None

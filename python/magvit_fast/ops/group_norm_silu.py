@@ -4,7 +4,8 @@ Contract
     x [B, C, T, H, W]; the C channels form `num_groups` groups of neighbors. Statistics (biased
     variance, eps under the root) run over (C / num_groups, H, W) of one frame when `per_frame`,
     else over (C / num_groups, T, H, W). Per frame is what keeps MAGVIT-v2 causal; MAGVIT v1 spans
-        time. y = activation((x - mean) / sqrt(var + eps) * weight + bias)
+    time.
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias)
     `weight`, `bias` [C]. The adaptive form multiplies and adds per position after that:
         y = activation(norm(x) * (1 + scale) + shift),  scale and shift broadcastable to x.
 Source
@@ -29,14 +30,14 @@ def _centered(x: Tensor, num_groups: int) -> Tensor:
     """x [N, C, ...] less the mean of its group.
 
     PyTorch's channels-last kernel takes the variance as E[x^2] - E[x]^2, which loses digits when
-    the
-    mean is not small: 4e-5 in float32 at a mean of five deviations. Group norm does not change
+    the mean is not small: 4e-5 in float32 at a mean of five deviations. Group norm does not change
     under a shift of its group, so that the mean may be removed first and without a gradient.
     """
     n, channels = x.shape[:2]
+    size = channels // num_groups
     mean = x.detach().flatten(2).mean(2, dtype=torch.promote_types(x.dtype, torch.float32))
-    mean = mean.view(n, num_groups, -1).mean(2, keepdim=True)
-    mean = mean.expand(n, num_groups, channels // num_groups).reshape(n, channels)
+    mean = mean.view(n, num_groups, size).mean(2, keepdim=True)
+    mean = mean.expand(n, num_groups, size).reshape(n, channels)
     return x - mean.to(x.dtype).view(n, channels, *[1] * (x.dim() - 2))
 
 
@@ -51,20 +52,24 @@ def reference(
     shift: Tensor | None,
     activation: str | None,
 ) -> Tensor:
+    # A channel stride of one is the channels-last order even where frames were cut off in front.
+    layout = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
     if per_frame:
         b, _, t = x.shape[:3]
-        # [B*T, C, H, W]: a view for channels-last input, and then PyTorch's channels-last kernel
-        # runs.
+        # [B*T, C, H, W]: a view for channels-last input; PyTorch's channels-last kernel runs then.
+        # (torch.group_norm, because F.group_norm refuses a single value per channel.)
         frames = x.transpose(1, 2).flatten(0, 1)
-        y = F.group_norm(_centered(frames, num_groups), num_groups, weight, bias, eps)
+        y = torch.group_norm(_centered(frames, num_groups), num_groups, weight, bias, eps)
         y = y.view(b, t, *y.shape[1:]).transpose(1, 2)
     else:
-        y = F.group_norm(_centered(x, num_groups), num_groups, weight, bias, eps)
+        y = torch.group_norm(_centered(x, num_groups), num_groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + scale)
     if shift is not None:
         y = y + shift
-    return F.silu(y) if activation == "silu" else y
+    y = F.silu(y) if activation == "silu" else y
+    return y.contiguous(memory_format=layout)
 
 
 def _check(
