@@ -23,6 +23,7 @@ macro(mf_begin_cores)
     target_compile_definitions(_core_cuda PRIVATE MAGVIT_FAST_CUDA_MODULE=1)
   endif()
   set(MF_OPS "")
+  set(MF_CUDA_OPS "")
 endmacro()
 
 macro(mf_add_op op)
@@ -36,24 +37,34 @@ macro(mf_add_op op)
   endforeach()
   if(MF_WITH_CUDA)
     file(GLOB _cuda CONFIGURE_DEPENDS "${_room}/*.cu")
-    target_sources(_core_cuda PRIVATE ${_cuda} "${_room}/bindings.cpp")
+    if(_cuda)  # a room may serve the CPU alone
+      list(APPEND MF_CUDA_OPS ${op})
+      target_sources(_core_cuda PRIVATE ${_cuda} "${_room}/bindings.cpp")
+    endif()
   endif()
 endmacro()
 
 macro(mf_finish_cores)
   # The list of rooms reaches module.cpp as a generated header, so that adding an op is one line.
   set(_declarations "")
-  set(_calls "")
   foreach(_op IN LISTS MF_OPS)
     string(APPEND _declarations "void bind_${_op}(pybind11::module_& m);\n")
-    string(APPEND _calls "  bind_${_op}(m);\n")
+  endforeach()
+  foreach(_list MF_OPS MF_CUDA_OPS)
+    set(${_list}_CALLS "")
+    foreach(_op IN LISTS ${_list})
+      string(APPEND ${_list}_CALLS "  bind_${_op}(m);\n")
+    endforeach()
   endforeach()
   file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/generated/ops.h" CONTENT
 "#pragma once
 #include <pybind11/pybind11.h>
 namespace magvit_fast {
 ${_declarations}inline void bind_all(pybind11::module_& m) {
-${_calls}}
+#ifdef MAGVIT_FAST_CUDA_MODULE
+${MF_CUDA_OPS_CALLS}#else
+${MF_OPS_CALLS}#endif
+}
 }  // namespace magvit_fast
 ")
   list(JOIN MF_ISA_LEVELS "," _levels)

@@ -1,53 +1,465 @@
-"""causal_conv3d: reference only for now; the native door is added by its room."""
+"""causal_conv3d: 3D convolution with one-sided time padding, three padding modes and history.
+
+Next hop: `_core.causal_conv3d_{forward,input_grad,weight_grad}`, or the same names of `_core_cuda`
+(csrc/causal_conv3d).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from magvit_fast import _native
+from magvit_fast.ops import _checks
+
+# --- contract ---------------------------------------------------------------------------------
+# x [B, C_in, T, H, W], weight [C_out, C_in / groups, KT, KH, KW] -> y [B, C_out, T', H', W'].
+# On every axis: y_o = sum over taps k of weight_k * padded_(o * stride + k * dilation), where padded
+# is `before` values, the axis itself and `after` values. Time is padded by time_mode, height and width
+# by space_mode. `history` holds the frames before x: its last `front` frames take the place of front
+# padding, and what they leave is padded by time_mode as if history and x were one clip:
+#
+#   KT = 3, front = 2:      . . x0 x1 x2 x3        no history: two padding frames
+#                           . h0 x0 x1 x2 x3       one frame of history, one padding frame
+#                           h0 h1 x0 x1 x2 x3      two frames: y continues the earlier clip exactly
+#
+# Three ops, each linear in both of its tensors, each other's gradients: forward (x, w) -> y,
+# input_grad (dy, w) -> (dx, dhistory), weight_grad (x, dy) -> dw. So every order of derivative exists.
+# Results do not depend on the number of threads.
+
 PadMode = Literal["zeros", "replicate", "reflect"]
+PAD_MODES = ("zeros", "replicate", "reflect")
+AXES = ("time", "height", "width")
 
 
-def resolve_padding(kernel, dilation, padding):
+class Geometry(NamedTuple):
+    """How outputs meet inputs; the last arguments of all three ops."""
+
+    stride: list[int]
+    dilation: list[int]
+    groups: int
+    padding: list[int]  # front, back, top, bottom, left, right
+    time_mode: str
+    space_mode: str
+
+    def out_size(self, axis: int, source: int, kernel: int) -> int:
+        """Outputs along an axis of `source` elements (time: history and x together)."""
+        padded = source + self.padding[2 * axis] + self.padding[2 * axis + 1]
+        return (padded - self.dilation[axis] * (kernel - 1) - 1) // self.stride[axis] + 1
+
+
+def resolve_padding(
+    kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int] | None
+) -> list[int]:
+    """Six ints; None means causal in time and "same" in space, the smaller half first."""
     if padding is not None:
-        return tuple(int(p) for p in padding)
-    kt, kh, kw = kernel
-    dt, dh, dw = dilation
-    th, tw = dh * (kh - 1), dw * (kw - 1)
-    return dt * (kt - 1), 0, th // 2, th - th // 2, tw // 2, tw - tw // 2
+        return [int(p) for p in padding]
+    time, height, width = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    return [time, 0, height // 2, height - height // 2, width // 2, width - width // 2]
 
 
+# --- reference --------------------------------------------------------------------------------
 def _pad(x: Tensor, pads: Sequence[int], mode: str) -> Tensor:
     if not any(pads):
         return x
     return F.pad(x, list(pads), mode="constant" if mode == "zeros" else mode)
 
 
-def reference(x, weight, bias, stride, dilation, groups, padding, time_mode, space_mode, history):
-    front, back, top, bottom, left, right = padding
-    if history is not None and front > 0:
-        history = history[:, :, -front:]
-        x = torch.cat([history.to(x.dtype), x], dim=2)
+def reference(
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """Plain torch, any floating dtype, differentiable; `history` already cut to its used frames."""
+    front, back, top, bottom, left, right = geometry.padding
+    if history is not None:
+        x = torch.cat([history, x], dim=2)
         front -= history.shape[2]
-    x = _pad(x, (0, 0, 0, 0, front, back), time_mode)
-    conv_pad = [0, 0, 0]
-    if space_mode == "zeros" and top == bottom and left == right:
-        conv_pad = [0, top, left]
+    x = _pad(x, (0, 0, 0, 0, front, back), geometry.time_mode)
+    conv_padding = [0, 0, 0]
+    if geometry.space_mode == "zeros" and top == bottom and left == right:
+        conv_padding = [0, top, left]
     else:
-        x = _pad(x, (left, right, top, bottom, 0, 0), space_mode)
-    return F.conv3d(x, weight, bias, stride, conv_pad, dilation, groups)
+        x = _pad(x, (left, right, top, bottom, 0, 0), geometry.space_mode)
+    return F.conv3d(
+        x, weight, bias, geometry.stride, conv_padding, geometry.dilation, geometry.groups
+    )
+
+
+# --- schema and fake --------------------------------------------------------------------------
+_GEOMETRY = "int[] stride, int[] dilation, int groups, int[] padding, str time_mode, str space_mode"
+_TAGS = (torch.Tag.needs_exact_strides,)  # the memory format of x decides that of the result
+_native.LIB.define(
+    f"causal_conv3d(Tensor x, Tensor? history, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    tags=_TAGS,
+)
+_native.LIB.define(
+    "causal_conv3d_input_grad(Tensor dy, Tensor weight, SymInt[] x_size, SymInt history_frames, "
+    f"bool channels_last, {_GEOMETRY}) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_native.LIB.define(
+    "causal_conv3d_weight_grad(Tensor x, Tensor? history, Tensor dy, int[] kernel, "
+    f"{_GEOMETRY}) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(4) >= x.shape[1]
+
+
+def _empty(like: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _out_shape(x: Tensor, history: Tensor | None, weight: Tensor, geometry: Geometry) -> list[int]:
+    earlier = 0 if history is None else history.shape[2]
+    sources = (earlier + x.shape[2], x.shape[3], x.shape[4])
+    padding = [geometry.padding[0] - earlier, *geometry.padding[1:]]
+    cut = geometry._replace(padding=padding)
+    return [
+        x.shape[0],
+        weight.shape[0],
+        *(cut.out_size(a, sources[a], weight.shape[2 + a]) for a in range(3)),
+    ]
+
+
+@torch.library.register_fake("magvit_fast::causal_conv3d", lib=_native.LIB)
+def _fake_forward(
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, *geometry: Any
+) -> Tensor:
+    size = _out_shape(x, history, weight, Geometry(*geometry))
+    return _empty(x, size, _is_channels_last(x))
+
+
+@torch.library.register_fake("magvit_fast::causal_conv3d_input_grad", lib=_native.LIB)
+def _fake_input_grad(
+    dy: Tensor, weight: Tensor, x_size: Sequence[int], history_frames: int, channels_last: bool,
+    *geometry: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    history_size = [*x_size[:2], history_frames, *x_size[3:]]
+    return _empty(dy, x_size, channels_last), _empty(dy, history_size, channels_last)
+
+
+@torch.library.register_fake("magvit_fast::causal_conv3d_weight_grad", lib=_native.LIB)
+def _fake_weight_grad(
+    x: Tensor, history: Tensor | None, dy: Tensor, kernel: Sequence[int], *geometry: Any
+) -> Tensor:
+    groups = Geometry(*geometry).groups
+    return _empty(x, [dy.shape[1], x.shape[1] // groups, *kernel], False)
+
+
+# --- launch -----------------------------------------------------------------------------------
+def _shape_numbers(
+    x_size: Sequence[int], history_frames: int, y_size: Sequence[int], kernel: Sequence[int],
+    dtype: torch.dtype, geometry: Geometry,
+) -> list[int]:  # fmt: skip
+    """What csrc/causal_conv3d/bindings.cpp reads into a Conv3dShape, in its order."""
+    numbers = [x_size[0], x_size[1], y_size[1], geometry.groups, history_frames, x_size[2]]
+    numbers.append(_native.dtype_code(dtype))
+    for axis in range(3):
+        earlier = history_frames if axis == 0 else 0
+        mode = geometry.space_mode if axis else geometry.time_mode
+        numbers += [
+            x_size[2 + axis] + earlier, y_size[2 + axis], kernel[axis], geometry.stride[axis],
+            geometry.dilation[axis], geometry.padding[2 * axis] - earlier, PAD_MODES.index(mode),
+        ]  # fmt: skip
+    return numbers
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _run(
+    entry: str, device: torch.device, tensors: Sequence[Tensor | None], numbers: list[int]
+) -> None:
+    """Allocate the workspace and call `entry` with the addresses of `tensors`."""
+    core, where, how = _native.launcher(device)
+    size = getattr(core, entry + "_workspace")(numbers, where, how)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    addresses = [_address(t) for t in tensors]
+    getattr(core, entry)(*addresses, workspace.data_ptr(), numbers, where, how)
+    _native.finish(device)
+
+
+def _in_layout(result: Tensor, channels_last: bool) -> Tensor:
+    if channels_last:
+        return result
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device).copy_(result)
+
+
+def _launch_forward(
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, *geometry: Any
+) -> Tensor:
+    how = Geometry(*geometry)
+    size = _out_shape(x, history, weight, how)
+    y = _empty(x, size, True)
+    _native.trace("causal_conv3d", x=tuple(x.shape), weight=tuple(weight.shape), dtype=x.dtype,
+                  device=x.device, geometry=how)  # fmt: skip
+    if y.numel():
+        earlier = None if history is None else _channels_last(history)
+        frames = 0 if history is None else history.shape[2]
+        numbers = _shape_numbers(x.shape, frames, size, weight.shape[2:], x.dtype, how)
+        tensors = [_channels_last(x), earlier, weight.contiguous(), bias, y]
+        _run("causal_conv3d_forward", x.device, tensors, numbers)
+    return _in_layout(y, _is_channels_last(x))
+
+
+def _launch_input_grad(
+    dy: Tensor, weight: Tensor, x_size: Sequence[int], history_frames: int, channels_last: bool,
+    *geometry: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    how = Geometry(*geometry)
+    dx = _empty(dy, x_size, True)
+    dhistory = _empty(dy, [*x_size[:2], history_frames, *x_size[3:]], True)
+    _native.trace("causal_conv3d_input_grad", dy=tuple(dy.shape), weight=tuple(weight.shape),
+                  dtype=dy.dtype, device=dy.device, geometry=how)  # fmt: skip
+    if dx.numel():
+        numbers = _shape_numbers(x_size, history_frames, dy.shape, weight.shape[2:], dy.dtype, how)
+        tensors = [
+            _channels_last(dy),
+            weight.contiguous(),
+            dx,
+            dhistory if history_frames else None,
+        ]
+        _run("causal_conv3d_input_grad", dy.device, tensors, numbers)
+    return _in_layout(dx, channels_last), _in_layout(dhistory, channels_last)
+
+
+def _launch_weight_grad(
+    x: Tensor, history: Tensor | None, dy: Tensor, kernel: Sequence[int], *geometry: Any
+) -> Tensor:
+    how = Geometry(*geometry)
+    dweight = _empty(x, [dy.shape[1], x.shape[1] // how.groups, *kernel], False)
+    _native.trace("causal_conv3d_weight_grad", x=tuple(x.shape), dweight=tuple(dweight.shape),
+                  dtype=x.dtype, device=x.device, geometry=how)  # fmt: skip
+    if not dy.numel():
+        return dweight.zero_()
+    earlier = None if history is None else _channels_last(history)
+    frames = 0 if history is None else history.shape[2]
+    numbers = _shape_numbers(x.shape, frames, dy.shape, kernel, x.dtype, how)
+    tensors = [_channels_last(x), earlier, _channels_last(dy), dweight]
+    _run("causal_conv3d_weight_grad", x.device, tensors, numbers)
+    return dweight
+
+
+for _device in ("CPU", "CUDA"):
+    _native.LIB.impl("causal_conv3d", _launch_forward, _device)
+    _native.LIB.impl("causal_conv3d_input_grad", _launch_input_grad, _device)
+    _native.LIB.impl("causal_conv3d_weight_grad", _launch_weight_grad, _device)
+_FORWARD = torch.ops.magvit_fast.causal_conv3d.default
+_INPUT_GRAD = torch.ops.magvit_fast.causal_conv3d_input_grad.default
+_WEIGHT_GRAD = torch.ops.magvit_fast.causal_conv3d_weight_grad.default
+
+
+# --- autograd ---------------------------------------------------------------------------------
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None,
+        geometry: Geometry,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, history, weight)
+        ctx.geometry = geometry
+        return _FORWARD(x, history, weight, bias, *geometry)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, history, weight = ctx.saved_tensors
+        dx = dhistory = dweight = dbias = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)
+        if ctx.needs_input_grad[3]:
+            dbias = dy.sum((0, 2, 3, 4))
+        return dx, dhistory, dweight, dbias, None
+
+
+class _InputGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dy: Tensor, weight: Tensor, x_size: list[int], history_frames: int,
+        channels_last: bool, geometry: Geometry,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(dy, weight)
+        ctx.history_frames, ctx.geometry = history_frames, geometry
+        return _INPUT_GRAD(dy, weight, x_size, history_frames, channels_last, *geometry)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x = grads[0]  # what meets dx: of the kind of x
+        history = grads[1] if ctx.history_frames else None
+        dy, weight = ctx.saved_tensors
+        ddy = dweight = None
+        if ctx.needs_input_grad[0]:
+            ddy = _Forward.apply(x, history, weight, None, ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)
+        return ddy, dweight, None, None, None, None
+
+
+class _WeightGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, history: Tensor | None, dy: Tensor, kernel: list[int],
+        geometry: Geometry,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, history, dy)
+        ctx.geometry = geometry
+        return _WEIGHT_GRAD(x, history, dy, kernel, *geometry)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = grads  # what meets dweight: of the kind of weight
+        x, history, dy = ctx.saved_tensors
+        dx = dhistory = ddy = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            ddy = _Forward.apply(x, history, weight, None, ctx.geometry)
+        return dx, dhistory, ddy, None, None
+
+
+def _input_grad(
+    dy: Tensor, weight: Tensor, x: Tensor, history: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
+    frames = 0 if history is None else history.shape[2]
+    dx, dhistory = _InputGrad.apply(
+        dy, weight, list(x.shape), frames, _is_channels_last(x), geometry
+    )
+    return dx, dhistory if frames else None
+
+
+# --- public -----------------------------------------------------------------------------------
+def _check_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, groups: int
+) -> None:
+    _checks.check_tensor("x", x, ndim=5, floating=True)
+    _checks.check_tensor("weight", weight, ndim=5, floating=True)
+    _checks.check_same("weight", weight, "x", x)
+    channels, out_channels = x.shape[1], weight.shape[0]
+    if groups < 1 or channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups: expected a divisor of C_in = {channels} and of C_out = {out_channels}, "
+            f"got {groups}"
+        )
+    if weight.shape[1] * groups != channels or min(weight.shape) < 1:
+        raise ValueError(
+            f"weight: expected [C_out, {channels // groups}, KT, KH, KW] for x with {channels} "
+            f"channels and groups={groups}, got {tuple(weight.shape)}"
+        )
+    if min(x.shape[2:]) < 1:
+        raise ValueError(f"x: expected at least one frame, row and column, got {tuple(x.shape)}")
+    if bias is not None:
+        _checks.check_tensor("bias", bias, ndim=1, floating=True)
+        _checks.check_same("bias", bias, "x", x)
+        if bias.shape[0] != out_channels:
+            raise ValueError(f"bias: expected [{out_channels}], got {tuple(bias.shape)}")
+    if history is not None:
+        _checks.check_tensor("history", history, ndim=5, floating=True)
+        _checks.check_same("history", history, "x", x)
+        if history.shape[:2] != x.shape[:2] or history.shape[3:] != x.shape[3:]:
+            raise ValueError(
+                f"history: expected [{x.shape[0]}, {x.shape[1]}, Th, {x.shape[3]}, {x.shape[4]}] "
+                f"(x but for its frames), got {tuple(history.shape)}"
+            )
+
+
+def _check_geometry(x: Tensor, history: Tensor | None, weight: Tensor, geometry: Geometry) -> None:
+    for axis, name in enumerate(AXES):
+        earlier = history.shape[2] if history is not None and axis == 0 else 0
+        source, kernel = x.shape[2 + axis] + earlier, weight.shape[2 + axis]
+        before, after = geometry.padding[2 * axis] - earlier, geometry.padding[2 * axis + 1]
+        mode = geometry.space_mode if axis else geometry.time_mode
+        if mode == "reflect" and max(before, after) >= source:
+            raise ValueError(
+                f"padding: reflection in {name} needs pads smaller than the {source} "
+                f"elements there, got ({before}, {after})"
+            )
+        span = geometry.dilation[axis] * (kernel - 1) + 1
+        if source + before + after < span:
+            raise ValueError(
+                f"x: {name} has {source} elements and padding ({before}, {after}), "
+                f"fewer than the {span} that the kernel spans"
+            )
 
 
 def causal_conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride=1, dilation=1, groups: int = 1,
-    padding=None, time_mode: PadMode = "zeros", space_mode: PadMode = "zeros",
-    history: Tensor | None = None, impl: str = "auto",
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, ...] | list[int] = 1,
+    dilation: int | tuple[int, ...] | list[int] = 1,
+    groups: int = 1,
+    padding: Sequence[int] | None = None,
+    time_mode: PadMode = "zeros",
+    space_mode: PadMode = "zeros",
+    history: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
-    stride = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
-    dilation = (dilation,) * 3 if isinstance(dilation, int) else tuple(dilation)
-    padding = resolve_padding(weight.shape[2:], dilation, padding)
-    return reference(x, weight, bias, stride, dilation, groups, padding, time_mode, space_mode, history)
+    """3D convolution that never looks ahead in time (unless `padding` says so).
+
+    Args:
+        x: [B, C_in, T, H, W]; any floating dtype, any strides. channels_last_3d is the fast layout.
+        weight: [C_out, C_in / groups, KT, KH, KW], dtype and device of x.
+        bias: [C_out] or None.
+        stride, dilation: an int or three (time, height, width).
+        padding: None: dilation * (KT - 1) frames in front, none behind, and "same" in space with the
+            smaller half first; or six ints (front, back, top, bottom, left, right).
+        time_mode, space_mode: what the padding holds: "zeros", "replicate" (the edge repeated) or
+            "reflect" (the mirror image without the edge; pads must be smaller than the axis).
+        history: [B, C_in, Th, H, W], the frames before x. The last `front` of them stand in for the
+            front padding (all of them if there are fewer; the rest is padded by time_mode).
+        impl: "auto", "native" or "reference".
+
+    Returns:
+        [B, C_out, T', H', W'] in x's dtype and memory format, with
+        size' = (size + pads - dilation * (K - 1) - 1) // stride + 1 on each axis (history counts as
+        padding). Twice differentiable in x, weight, bias and history. Sums are kept in float32.
+
+    Raises:
+        ValueError: shapes, groups, pads or modes that do not fit together.
+        TypeError: tensors that are not floating point or differ in dtype.
+        NotImplementedError: impl="native" where no kernel serves the dtype or device.
+
+    Source: MAGVIT-v2 (arXiv 2310.05737) section 3.2 (causal convolution); MAGVIT v1 uses it with
+    back > 0.
+    """
+    _checks.check_choice("time_mode", time_mode, PAD_MODES)
+    _checks.check_choice("space_mode", space_mode, PAD_MODES)
+    cast = _checks.autocast_dtype(x) if isinstance(x, Tensor) else None
+    if cast is not None:
+        x, weight = x.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+        history = None if history is None else history.to(cast)
+    _check_operands(x, weight, bias, history, groups)
+    steps = _checks.triple("stride", stride)
+    spread = _checks.triple("dilation", dilation)
+    if padding is not None and (len(padding) != 6 or min(padding) < 0):
+        raise ValueError(f"padding: expected None or six ints >= 0, got {padding!r}")
+    pads = resolve_padding(weight.shape[2:], spread, padding)
+    if (
+        history is not None
+    ):  # only the frames that replace padding; none: as if there were no history
+        used = min(history.shape[2], pads[0])
+        history = history[:, :, history.shape[2] - used :] if used else None
+    geometry = Geometry(list(steps), list(spread), groups, pads, time_mode, space_mode)
+    _check_geometry(x, history, weight, geometry)
+    obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
+    if impl == "auto" and x.device.type == "cpu":
+        impl = "reference"  # until the vector kernels are in: the plain loops are right but slow
+    if _native.use_native("causal_conv3d", impl, obstacle):
+        return _Forward.apply(x, history, weight, bias, geometry)  # type: ignore[no-any-return]
+    return reference(x, history, weight, bias, geometry)

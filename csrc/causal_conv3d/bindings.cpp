@@ -1,0 +1,111 @@
+// causal_conv3d: the Python door, addresses and numbers to the params structs.
+// Previous hop: magvit_fast/ops/causal_conv3d.py, which lists the numbers in _shape_numbers.
+// Next hop: causal_conv3d.h (cpu*.cpp or cuda*.cu).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "causal_conv3d/causal_conv3d.h"
+
+namespace magvit_fast {
+namespace {
+
+using Address = std::uintptr_t;
+// batch, in_channels, out_channels, groups, history_frames, frames, dtype, then for each of time,
+// height and width: source, out, kernel, stride, dilation, front, mode.
+using Numbers = std::array<index_t, 28>;
+
+AxisMap make_axis(const index_t* n) {
+  return {n[0], n[1], n[2], n[3], n[4], n[5], static_cast<PadMode>(n[6])};
+}
+
+Conv3dShape make_shape(const Numbers& n) {
+  return {n[0],
+          n[1],
+          n[2],
+          n[3],
+          n[4],
+          n[5],
+          make_axis(&n[7]),
+          make_axis(&n[14]),
+          make_axis(&n[21]),
+          static_cast<DType>(n[6])};
+}
+
+const void* in(Address a) { return reinterpret_cast<const void*>(a); }
+void* out(Address a) { return reinterpret_cast<void*>(a); }
+
+}  // namespace
+
+void bind_causal_conv3d(pybind11::module_& m) {
+  using Where = long long;
+  using How = unsigned long long;
+  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
+  m.def(
+      "causal_conv3d_forward_workspace",
+      [](const Numbers& shape, Where where, How how) {
+        return backend::causal_conv3d_forward_workspace(make_shape(shape),
+                                                        make_context(where, how));
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_input_grad_workspace",
+      [](const Numbers& shape, Where where, How how) {
+        return backend::causal_conv3d_input_grad_workspace(make_shape(shape),
+                                                           make_context(where, how));
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_weight_grad_workspace",
+      [](const Numbers& shape, Where where, How how) {
+        return backend::causal_conv3d_weight_grad_workspace(make_shape(shape),
+                                                            make_context(where, how));
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_forward",
+      [](Address x, Address history, Address weight, Address bias, Address y, Address workspace,
+         const Numbers& shape, Where where, How how) {
+        backend::causal_conv3d_forward(
+            {make_shape(shape), in(x), in(history), in(weight), in(bias), out(y), out(workspace)},
+            make_context(where, how));
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_input_grad",
+      [](Address dy, Address weight, Address dx, Address dhistory, Address workspace,
+         const Numbers& shape, Where where, How how) {
+        backend::causal_conv3d_input_grad(
+            {make_shape(shape), in(dy), in(weight), out(dx), out(dhistory), out(workspace)},
+            make_context(where, how));
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_weight_grad",
+      [](Address x, Address history, Address dy, Address dweight, Address workspace,
+         const Numbers& shape, Where where, How how) {
+        backend::causal_conv3d_weight_grad(
+            {make_shape(shape), in(x), in(history), in(dy), out(dweight), out(workspace)},
+            make_context(where, how));
+      },
+      no_gil);
+#ifndef MAGVIT_FAST_CUDA_MODULE
+  // The geometry itself, for the tests of index_map.h: axis is the seven numbers of one axis.
+  using Axis = std::array<index_t, 7>;
+  m.def("causal_conv3d_source_index", [](const Axis& axis, index_t o, index_t k) {
+    return source_index(make_axis(axis.data()), o, k);
+  });
+  m.def("causal_conv3d_readers", [](const Axis& axis, index_t s, index_t k) {
+    const AxisMap a = make_axis(axis.data());
+    pybind11::list outputs;  // every output that reads source s through tap k
+    for (index_t j = 0; j < copies(a, s); ++j) {
+      const index_t o = output_at(a, copy_position(a, s, j), k);
+      if (o >= 0) outputs.append(o);
+    }
+    return outputs;
+  });
+#endif
+}
+
+}  // namespace magvit_fast

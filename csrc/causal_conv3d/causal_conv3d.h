@@ -1,0 +1,83 @@
+// causal_conv3d: 3D convolution with one-sided time padding, and its two gradients.
+// Previous hop: bindings.cpp.
+// Next hop: cpu.cpp (per instruction set: kernels.simd.cpp) or cuda.cu; index_map.h is the
+// geometry.
+//
+//   y[n, o, co]  = bias[co] + sum over taps and ci of x[n, source(o, tap), ci] * weight[co, ci,
+//   tap] dx[n, s, ci] = sum over the (o, tap) whose source is s, and co, of dy[n, o, co] *
+//   weight[co, ci, tap] dweight[co, ci, tap] = sum over n and o of dy[n, o, co] * x[n, source(o,
+//   tap), ci]
+// Sums are accumulated in float32. Each op is linear in both of its inputs, and the gradients of
+// each are made of the other two, so these three are closed under differentiation.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "causal_conv3d/index_map.h"
+#include "common/dtype.h"
+#include "common/exec_context.h"
+#include "common/isa.h"
+
+namespace magvit_fast {
+
+// What all three ops share. Activations are dense NDHWC (channels last), weights dense
+// [out_channels, in_channels / groups, KT, KH, KW]; all of one dtype.
+struct Conv3dShape {
+  index_t batch, in_channels, out_channels, groups;
+  index_t history_frames;  // frames of `history`; 0: none
+  index_t frames;          // frames of x; t.source = history_frames + frames
+  AxisMap t, h, w;         // t.front is what the history leaves to be padded
+  DType dtype;
+};
+
+// A tensor along the source time axis: `history` [N, history_frames, H, W, C] and then `x`
+// [N, frames, H, W, C]; history is null when history_frames is 0.
+struct Conv3dForwardParams {
+  Conv3dShape shape;
+  const void* x;        // [N, frames, H, W, Cin]
+  const void* history;  // [N, history_frames, H, W, Cin] or null
+  const void* weight;   // [Cout, Cin / groups, KT, KH, KW]
+  const void* bias;     // [Cout] or null
+  void* y;              // [N, t.out, h.out, w.out, Cout]
+  void* workspace;      // causal_conv3d_forward_workspace() bytes, any contents
+};
+
+struct Conv3dInputGradParams {
+  Conv3dShape shape;
+  const void* dy;      // [N, t.out, h.out, w.out, Cout]
+  const void* weight;  // [Cout, Cin / groups, KT, KH, KW]
+  void* dx;            // [N, frames, H, W, Cin], written whole
+  void* dhistory;      // [N, history_frames, H, W, Cin] or null, written whole
+  void* workspace;     // causal_conv3d_input_grad_workspace() bytes, any contents
+};
+
+struct Conv3dWeightGradParams {
+  Conv3dShape shape;
+  const void* x;        // [N, frames, H, W, Cin]
+  const void* history;  // [N, history_frames, H, W, Cin] or null
+  const void* dy;       // [N, t.out, h.out, w.out, Cout]
+  void* dweight;        // [Cout, Cin / groups, KT, KH, KW], written whole
+  void* workspace;      // causal_conv3d_weight_grad_workspace() bytes, any contents
+};
+
+// The twin namespaces carry the same six functions. The result may not depend on num_threads.
+#define MF_DECLARE_CAUSAL_CONV3D                                                                 \
+  std::size_t causal_conv3d_forward_workspace(const Conv3dShape& shape, const ExecContext& ctx); \
+  std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape,                       \
+                                                 const ExecContext& ctx);                        \
+  std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape,                      \
+                                                  const ExecContext& ctx);                       \
+  void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext& ctx);         \
+  void causal_conv3d_input_grad(const Conv3dInputGradParams& params, const ExecContext& ctx);    \
+  void causal_conv3d_weight_grad(const Conv3dWeightGradParams& params, const ExecContext& ctx);
+
+namespace cpu {
+MF_DECLARE_CAUSAL_CONV3D
+}
+namespace cuda {
+MF_DECLARE_CAUSAL_CONV3D
+}
+#undef MF_DECLARE_CAUSAL_CONV3D
+
+}  // namespace magvit_fast
