@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import pytest
@@ -102,12 +103,12 @@ def test_round_trip_shapes(frames: int, height: int, width: int) -> None:
     ids = model.encode(video)
     assert ids.dtype == torch.int64
     assert ids.shape == (2, *model.config.latent_shape(frames, height, width))
-    assert 0 <= int(ids.min())
+    assert int(ids.min()) >= 0
     assert int(ids.max()) < 2**6
     with torch.no_grad():
         decoded = model.decode(ids)
     assert decoded.shape == video.shape
-    assert 0 <= float(decoded.min())
+    assert float(decoded.min()) >= 0
     assert float(decoded.max()) <= 1
 
 
@@ -188,7 +189,7 @@ def test_an_image_is_the_first_frame_of_a_video() -> None:
 # ---- streaming -----------------------------------------------------------------------------------
 def pieces(length: int, cuts: list[int]) -> list[int]:
     edges = [0, *sorted(min(c, length) for c in cuts), length]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 @settings(max_examples=15, deadline=None)
@@ -272,11 +273,11 @@ def test_a_stream_yields_as_early_as_it_can_and_keeps_no_more() -> None:
 
 def test_stream_errors() -> None:
     model = tiny()
-    with pytest.raises(ValueError, match="frames: the stream ended after 7 entries .* 2 of them"):
+    with pytest.raises(ValueError, match=r"frames: the stream ended after 7 entries .* 2 of them"):
         list(model.encode_stream(clip(1, 3, 7, 8, 8)))
     with pytest.raises(ValueError, match="multiples of 8, got 8 x 9"):
         list(model.encode_stream(clip(1, 3, 5, 8, 9)))
-    with pytest.raises(ValueError, match="ids: expected 0..63"):
+    with pytest.raises(ValueError, match=r"ids: expected 0..63"):
         list(model.decode_stream(torch.full((1, 2, 1, 1), 64)))
     with pytest.raises(ValueError, match="ids: the stream ended after 0 entries"):
         list(model.decode_stream([]))
@@ -382,13 +383,15 @@ def test_a_video_it_cannot_take(shape: tuple[int, ...], message: str, method: st
 
 def test_wrong_types() -> None:
     model = tiny()
-    with pytest.raises(TypeError, match="video: expected a floating-point Tensor, got torch.uint8"):
+    with pytest.raises(
+        TypeError, match=r"video: expected a floating-point Tensor, got torch.uint8"
+    ):
         model.encode(torch.zeros(1, 3, 5, 16, 16, dtype=torch.uint8))
     with pytest.raises(TypeError, match="video: expected a floating-point Tensor"):
         model.encode([[0.0]])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="ids: expected an int64 Tensor, got torch.int32"):
+    with pytest.raises(TypeError, match=r"ids: expected an int64 Tensor, got torch.int32"):
         model.decode(torch.zeros(1, 2, 1, 1, dtype=torch.int32))
-    with pytest.raises(ValueError, match="ids: expected 0..63 .* got values in -1..5"):
+    with pytest.raises(ValueError, match=r"ids: expected 0..63 .* got values in -1..5"):
         model.decode(torch.tensor([[[[-1, 5]]]]))
     with pytest.raises(ValueError, match=r"ids: expected \[B, T', H', W'\], got \(2, 2\)"):
         model.decode(torch.zeros(2, 2, dtype=torch.int64))
