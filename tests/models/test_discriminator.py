@@ -99,6 +99,55 @@ def test_twice_differentiable_for_r1() -> None:
     assert analytic == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
 
 
+def test_average_pooling_matches_the_first_generation() -> None:
+    golden = load_goldens("magvit_v1/06_discriminator_odd")
+    model = Discriminator3D(
+        DiscriminatorConfig((5, 9, 7), filters=4, channel_multipliers=(2, 4), pooling="average")
+    )
+    names = {"conv_in": "Conv_0", "conv_out": "Conv_1", "dense": "Dense_0", "logit": "Dense_1"}
+    for i in range(2):
+        for ours, theirs in (("first", 0), ("skip", 1), ("last", 2)):
+            names[f"blocks.{i}.conv_{ours}"] = f"ResBlock_{i}/Conv_{theirs}"
+
+    def port(name: str, kind: str) -> torch.Tensor:
+        array = torch.from_numpy(golden[f"{kind}/{name}"].astype(np.float32))
+        axes = {1: (0,), 2: (1, 0), 5: (4, 3, 0, 1, 2)}[array.dim()]
+        return array.permute(axes)
+
+    for name, parameter in model.named_parameters():
+        module, leaf = name.rsplit(".", 1)
+        leaf = "kernel" if leaf == "weight" else "bias"
+        parameter.data.copy_(port(f"{names[module]}/{leaf}", "param"))
+    video = channels_first(golden["input"]).requires_grad_()
+    logits = model(video)
+    torch.testing.assert_close(logits, torch.from_numpy(golden["logits"]), atol=1e-5, rtol=0)
+    penalty = 10 * r1_penalty(logits, video)
+    assert penalty.item() == pytest.approx(float(golden["r1_penalty_cost10"]), rel=1e-5)
+    gradient = channels_first(golden["input_gradient"])
+    (actual,) = torch.autograd.grad(logits.sum(), video, retain_graph=True)
+    torch.testing.assert_close(actual, gradient, atol=1e-5 * gradient.abs().max().item(), rtol=0)
+    penalty.backward()  # second order
+    for module, name in (("conv_in", "Conv_0"), ("logit", "Dense_1")):
+        expected = port(f"{name}/kernel", "r1_param_grad")
+        actual = model.get_parameter(f"{module}.weight").grad
+        torch.testing.assert_close(
+            actual, expected, atol=1e-4 * expected.abs().max().item(), rtol=0
+        )
+    back = {name: module for module, name in names.items()}
+    for name, norm in zip(golden["r1_param_grad_names"], golden["r1_param_grad_l2"], strict=True):
+        module, leaf = str(name).rsplit("/", 1)
+        grad = model.get_parameter(f"{back[module]}.{'weight' if leaf == 'kernel' else leaf}").grad
+        actual = 0.0 if grad is None else grad.norm().item()
+        assert actual == pytest.approx(float(norm), rel=1e-4, abs=1e-6), name
+
+
+def test_parameter_counts_of_the_first_generation() -> None:
+    for filters, millions in ((128, 61.34), (64, 15.34)):
+        with torch.device("meta"):
+            model = Discriminator3D(DiscriminatorConfig((16, 128, 128), filters=filters))
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+
+
 def test_flatten_order_is_t_h_w_c() -> None:
     model = Discriminator3D(TINY)
     seen: list[torch.Tensor] = []
@@ -115,6 +164,11 @@ def test_bad_input() -> None:
         ValueError, match=r"video: expected \[B, 3, 5, 8, 12\], got \(1, 3, 5, 8, 8\)"
     ):
         model(torch.rand(1, 3, 5, 8, 8))
-    for change in ({"clip": (0, 8, 8)}, {"channel_multipliers": ()}, {"filters": 0}):
+    for change in (
+        {"clip": (0, 8, 8)},
+        {"channel_multipliers": ()},
+        {"filters": 0},
+        {"pooling": "max"},
+    ):
         with pytest.raises(ValueError, match=next(iter(change))):
             dataclasses.replace(TINY, **change)

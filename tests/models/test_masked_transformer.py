@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from magvit_fast.models.masked_transformer import MaskedTransformer, MaskedTransformerConfig
 from magvit_fast.nn.embedding import pack_subtokens, unpack_subtokens
+from magvit_fast.nn.transformer import PostNormLayer
 from magvit_fast.tasks import commit_loss, commit_mask
 
 TINY = MaskedTransformerConfig(
@@ -125,6 +127,40 @@ def test_every_parameter_gets_a_gradient() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+
+
+def test_a_layer_equals_the_encoder_layer_of_torch() -> None:
+    ours = PostNormLayer(32, 4, 64)
+    theirs = torch.nn.TransformerEncoderLayer(
+        32, 4, 64, 0.0, lambda x: F.gelu(x, approximate="tanh"), 1e-12, batch_first=True
+    )
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs.load_state_dict({
+        "self_attn.in_proj_weight": ours.attention.qkv.weight,
+        "self_attn.in_proj_bias": ours.attention.qkv.bias,
+        "self_attn.out_proj.weight": ours.attention.out.weight,
+        "self_attn.out_proj.bias": ours.attention.out.bias,
+        "linear1.weight": ours.mlp_in.weight, "linear1.bias": ours.mlp_in.bias,
+        "linear2.weight": ours.mlp_out.weight, "linear2.bias": ours.mlp_out.bias,
+        "norm1.weight": ours.attention_norm.weight, "norm1.bias": ours.attention_norm.bias,
+        "norm2.weight": ours.mlp_norm.weight, "norm2.bias": ours.mlp_norm.bias,
+    })  # fmt: skip
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    config = dataclasses.replace(TINY, dropout=0.1)
+    tokens, mask = tiny_batch()
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(5)
+        model = MaskedTransformer(config)
+        model.set_gradient_checkpointing(enabled)
+        model(tokens, mask).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_subtoken_packing_is_little_endian() -> None:

@@ -1,4 +1,4 @@
-"""The 3D discriminator of MAGVIT-v2: StyleGAN residual blocks with blur pooling.
+"""The 3D discriminator of MAGVIT and MAGVIT-v2: StyleGAN residual blocks that halve t, h and w.
 
 Source: MAGVIT-v2 figure 7 and appendix A.2; block order, padding and flattening as in Google's
 released layers. Not causal: all convolutions are zero-padded on both sides.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 from magvit_fast import ops
 from magvit_fast.models.checkpoint import PretrainedMixin
 
+Pooling = Literal["blur", "average"]
+
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
     """Shape of a Discriminator3D. The default is the published one: 61,341,569 parameters.
 
     clip: (T, H, W) of the videos; the first dense layer fixes it. filters: width f of the first
-    layer; every block halves t, h and w (rounding up) and widens to f * multiplier. blur_size: taps
-    of the blur filter.
+    layer; every block halves t, h and w (rounding up) and widens to f * multiplier. pooling: "blur"
+    (MAGVIT-v2) with a filter of blur_size taps, or "average" (MAGVIT: its L model has this
+    config with clip (16, 128, 128), its B model with 64 filters).
     """
 
     clip: tuple[int, int, int] = (17, 128, 128)
@@ -33,6 +37,7 @@ class DiscriminatorConfig:
     channel_multipliers: tuple[int, ...] = (2, 4, 4, 4, 4)
     blur_size: int = 3
     negative_slope: float = 0.2
+    pooling: Pooling = "blur"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip", tuple(int(n) for n in self.clip))
@@ -44,6 +49,8 @@ class DiscriminatorConfig:
                 "channel_multipliers: expected one or more positive ints, "
                 f"got {self.channel_multipliers}"
             )
+        if self.pooling not in ("blur", "average"):
+            raise ValueError(f"pooling: expected 'blur' or 'average', got {self.pooling!r}")
         for name in ("in_channels", "filters", "blur_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
@@ -59,12 +66,18 @@ class DiscriminatorConfig:
 class DiscriminatorBlock(nn.Module):
     """(main + skip) / sqrt(2); [B, C, T, H, W] -> [B, out, ceil(T/2), ceil(H/2), ceil(W/2)].
 
-    main: conv 3x3x3 (C -> C), LeakyReLU, blur pooling, conv 3x3x3 (C -> out), LeakyReLU. skip: blur
-    pooling, conv 1x1x1 without bias.
+    main: conv 3x3x3 (C -> C), LeakyReLU, pooling, conv 3x3x3 (C -> out), LeakyReLU. skip: pooling,
+    conv 1x1x1 without bias.
     """
 
     def __init__(
-        self, channels: int, out_channels: int, *, blur_size: int = 3, negative_slope: float = 0.2
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        blur_size: int = 3,
+        negative_slope: float = 0.2,
+        pooling: Pooling = "blur",
     ) -> None:
         super().__init__()
         self.conv_first = SameConv3d(channels, channels, 3)
@@ -72,13 +85,20 @@ class DiscriminatorBlock(nn.Module):
         self.conv_skip = SameConv3d(channels, out_channels, 1, bias=False)
         self.blur_size = blur_size
         self.negative_slope = negative_slope
+        self.pooling = pooling
 
     def forward(self, x: Tensor) -> Tensor:
         main = F.leaky_relu(self.conv_first(x), self.negative_slope)
-        main = self.conv_last(ops.blur_pool3d(main, filter_size=self.blur_size))
+        main = self.conv_last(self._pool(main))
         main = F.leaky_relu(main, self.negative_slope)
-        skip: Tensor = self.conv_skip(ops.blur_pool3d(x, filter_size=self.blur_size))
+        skip: Tensor = self.conv_skip(self._pool(x))
         return (main + skip) * math.sqrt(0.5)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.pooling == "blur":
+            return ops.blur_pool3d(x, filter_size=self.blur_size)
+        # padding cells of an odd axis are not counted
+        return F.avg_pool3d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
 class SameConv3d(nn.Module):
@@ -99,6 +119,7 @@ class Discriminator3D(PretrainedMixin, nn.Module):
     """Real or generated: [B, C, T, H, W] in [0, 1] -> logits [B, 1]. Twice differentiable (R1)."""
 
     config_class = DiscriminatorConfig
+    config: DiscriminatorConfig
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -107,7 +128,11 @@ class Discriminator3D(PretrainedMixin, nn.Module):
         self.conv_in = SameConv3d(config.in_channels, widths[0], 3)
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(
-                width, out, blur_size=config.blur_size, negative_slope=config.negative_slope
+                width,
+                out,
+                blur_size=config.blur_size,
+                negative_slope=config.negative_slope,
+                pooling=config.pooling,
             )
             for width, out in itertools.pairwise(widths)
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from magvit_fast.models.checkpoint import PretrainedMixin
 from magvit_fast.nn.embedding import TokenEmbedding
@@ -113,6 +114,7 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
     """
 
     config_class = MaskedTransformerConfig
+    config: MaskedTransformerConfig
 
     def __init__(self, config: MaskedTransformerConfig) -> None:
         super().__init__()
@@ -133,6 +135,7 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
         self.heads = nn.ModuleList(
             MaskedLanguageHead(dim, config.subtoken_size, eps) for _ in range(config.num_subtokens)
         )
+        self.gradient_checkpointing = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -145,6 +148,10 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
                 nn.init.ones_(parameter)
             else:
                 nn.init.zeros_(parameter)
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each layer's activations in the backward pass instead of keeping them."""
+        self.gradient_checkpointing = enabled
 
     def prompt_id(self, *names: str) -> int | None:
         """Row of the first of `names` that is a prompt; None for a single-task model."""
@@ -177,8 +184,9 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
             [self._prefix(tokens, class_id, prompt_id), self.token_embedding(tokens, mask)], 1
         )
         x = self.embedding_dropout(self.embedding_norm(x + self.position_embedding))
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         x = x[:, self.config.prefix_length :]
         tables = self.token_embedding.weight
         return torch.stack([head(x, tables[g]) for g, head in enumerate(self.heads)], dim=2)
