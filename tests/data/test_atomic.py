@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from magvit_fast.data.atomic import (
     atomic_directory,
@@ -81,12 +83,30 @@ def test_full_disk(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["file"]
 
 
-def test_full_disk_reported_in_words(tmp_path: Path) -> None:
-    class LibraryError(Exception):
-        pass
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+        'IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
+    ],
+)
+def test_full_disk_reported_in_words(tmp_path: Path, message: str) -> None:
+    with pytest.raises(FileWriteError, match="No space left"):
+        _write_half(tmp_path / "file", RuntimeError(message))
 
-    with pytest.raises(FileWriteError, match="No space left"), atomic_path(tmp_path / "file"):
-        raise LibraryError('IoError(Os { code: 28, kind: StorageFull, message: "..." })')
+
+def test_safetensors_on_a_limited_file(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with (
+            pytest.raises(FileWriteError, match="File too large"),
+            atomic_path(tmp_path / "f") as t,
+        ):
+            save_file({"x": torch.zeros(10_000)}, t)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert _names(tmp_path) == []
 
 
 def test_an_unrelated_oserror_passes_unchanged(tmp_path: Path) -> None:

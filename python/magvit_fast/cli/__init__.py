@@ -1,1 +1,1 @@
-"""Package."""
+"""The command line `magvit-fast`: one file a command, assembled in main.py."""

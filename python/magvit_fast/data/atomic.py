@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ _DESTINATION_ERRNOS = frozenset(
         errno.ENAMETOOLONG,
     }
 )
-# The same, where a library reports it in words only (safetensors raises its own exception type).
-_DISK_FULL_WORDS = ("StorageFull", "No space left", "QuotaExceeded", "FileTooLarge")
+# The same number inside a message: safetensors raises its own exception type, in Rust's words.
+_RUST_ERRNO = re.compile(r"(?:os error |Os \{ code: )(\d+)")
 
 
 def _umask() -> int:
@@ -45,11 +46,9 @@ def _as_write_error(path: Path, error: BaseException) -> FileWriteError | None:
     if isinstance(error, FileWriteError):
         return None
     number = getattr(error, "errno", None)
-    if number in _DESTINATION_ERRNOS:
-        return FileWriteError.of(path, os.strerror(number))
-    if any(words in str(error) for words in _DISK_FULL_WORDS):
-        return FileWriteError.of(path, os.strerror(errno.ENOSPC))
-    return None
+    if number is None and (found := _RUST_ERRNO.search(str(error))):
+        number = int(found.group(1))
+    return FileWriteError.of(path, os.strerror(number)) if number in _DESTINATION_ERRNOS else None
 
 
 def _parent(path: Path) -> Path:

@@ -35,18 +35,34 @@ INDEX = "index.json"
 
 
 @dataclass(frozen=True)
+class VideoSource:
+    """The video file that one clip of tokens was made from, so that it can be written back.
+
+    frames: its true length, before the last frame was repeated to fill the last latent slot.
+    height, width: of the file, before cropping. fps: frames per second.
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True)
 class TokenHeader:
     """Where ids come from and what they mean.
 
     fingerprint: `tokenizer_fingerprint` of the model that made them.
     num_bits: ids are in [0, 2**num_bits).
     grid: (T', H', W') of one clip. video: (T, H, W) of the clip in frames and pixels.
+    source: for the tokens of one whole video file; None for clips of a data set.
     """
 
     fingerprint: str
     num_bits: int
     grid: tuple[int, int, int]
     video: tuple[int, int, int]
+    source: VideoSource | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TokenHeader:
@@ -55,7 +71,15 @@ class TokenHeader:
             int(data["num_bits"]),
             _three(data["grid"]),
             _three(data["video"]),
+            _source(data.get("source")),
         )
+
+
+def _source(data: Mapping[str, Any] | None) -> VideoSource | None:
+    if data is None:
+        return None
+    height, width = int(data["height"]), int(data["width"])
+    return VideoSource(int(data["frames"]), height, width, float(data["fps"]))
 
 
 def _three(values: Iterable[Any]) -> tuple[int, int, int]:

@@ -1,0 +1,77 @@
+"""`magvit-fast bench`: how fast the tokenizer runs on this machine, native against pure PyTorch.
+
+The kernels one by one are measured by `make bench` in a clone of the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from magvit_fast.cli.runtime import (
+    Outcome,
+    add_tokenizer_option,
+    frame_size,
+    implementation,
+    load_tokenizer,
+    positive_int,
+    running,
+    table,
+)
+from magvit_fast.cli.timing import tokenizer_seconds
+from magvit_fast.models import MagvitV2Tokenizer
+
+HELP = "Time encoding and decoding on this machine, native against pure PyTorch."
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_tokenizer_option(parser)
+    parser.add_argument("--preset", help="time a fresh model of this preset instead")
+    parser.add_argument("--batch", type=positive_int, default=1)
+    parser.add_argument("--frames", type=positive_int, default=17)
+    parser.add_argument("--size", type=frame_size, default=(64, 64), metavar="N|HxW")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
+    parser.add_argument("--repeats", type=positive_int, default=5)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    with running(args) as device:
+        if args.preset is None:
+            tokenizer = load_tokenizer(args.tokenizer, device)
+        elif args.tokenizer is not None:
+            raise ValueError("--preset: expected one of --preset and --tokenizer, got both")
+        else:
+            tokenizer = MagvitV2Tokenizer.from_preset(args.preset).eval().to(device)
+        dtype = _DTYPES[args.dtype]
+        generator = torch.Generator().manual_seed(0)
+        shape = (args.batch, 3, args.frames, *args.size)
+        video = torch.rand(shape, generator=generator).to(device, dtype)
+        facts: dict[str, Any] = {
+            **tokenizer_seconds(tokenizer.to(dtype), video, args.repeats),
+            "shape": list(shape),
+            "dtype": args.dtype,
+            "threads": torch.get_num_threads(),
+            "impl": implementation(device),
+            "device": str(device),
+        }
+    for part in ("encode", "decode"):
+        facts[f"{part}_speedup"] = facts[f"reference_{part}_seconds"] / facts[f"{part}_seconds"]
+    return Outcome(facts, _text(facts))
+
+
+def _text(facts: dict[str, Any]) -> str:
+    frames = facts["shape"][0] * facts["shape"][2]
+    rows = {
+        "clips": " x ".join(map(str, facts["shape"])) + f" {facts['dtype']}",
+        "on": f"{facts['device']}, {facts['threads']} threads, {facts['impl']}",
+    }
+    for part in ("encode", "decode"):
+        ours, reference = facts[f"{part}_seconds"], facts[f"reference_{part}_seconds"]
+        rows[part] = (
+            f"{ours * 1e3:8.1f} ms  {frames / ours:8.1f} frames/s  "
+            f"(pure PyTorch {reference * 1e3:.1f} ms, ratio {reference / ours:.2f})"
+        )
+    return table(rows)

@@ -1,0 +1,138 @@
+"""`magvit-fast generate --task ...`: continue, fill or invent a clip with the masked transformer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from torch import Tensor
+
+import magvit_fast as mf
+from magvit_fast.cli.clips import read_clip
+from magvit_fast.cli.runtime import (
+    DEMO_MODEL,
+    Outcome,
+    add_tokenizer_option,
+    add_transformer_option,
+    implementation,
+    load_tokenizer,
+    load_transformer,
+    positive_int,
+    running,
+    table,
+)
+from magvit_fast.data.video import probe, write_video
+from magvit_fast.decoding import clip_geometry
+from magvit_fast.tasks import TASKS, ClipGeometry, get_task
+
+# MAGVIT, section 3.3 and table 10.
+_PAPER: dict[str, Any] = {
+    "steps": 12,
+    "schedule": "cosine",
+    "choice_temperature": 4.5,
+    "temperature": 1.0,
+    "guidance": 0.0,
+    "seed": 0,
+}
+HELP = "Generate a video: predict frames, fill regions, or from a class."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", required=True, choices=tuple(TASKS))
+    parser.add_argument("-o", "--output", metavar="VIDEO", required=True, help=".mp4 file (H.264)")
+    parser.add_argument("--video", metavar="FILE", help="what is given (tasks with a condition)")
+    parser.add_argument("--start", type=int, default=0, help="first frame taken from it")
+    parser.add_argument(
+        "--frames", type=positive_int, help="of the result (default: one clip of the model)"
+    )
+    parser.add_argument("--class-id", type=int, help="class (tasks with a class)")
+    parser.add_argument("--fps", type=float, help="of the result (default: of --video, else 25)")
+    add_tokenizer_option(parser)
+    add_transformer_option(parser)
+    add_decoding_options(parser)
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "masked decoding", "defaults: those found for the model that comes along, else the paper's"
+    )
+    group.add_argument("--steps", type=positive_int, help="passes (12)")
+    group.add_argument("--schedule", help="mask schedule (cosine)")
+    group.add_argument("--choice-temperature", type=float, help="noise on the confidence (4.5)")
+    group.add_argument("--temperature", type=float, help="of the sampled tokens (1)")
+    group.add_argument("--guidance", type=float, help="classifier-free guidance (0)")
+    group.add_argument("--seed", type=int, help="of the random draws (0)")
+
+
+def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of mf.generate: the command line's, else the model's, else the paper's."""
+    options = dict(_PAPER)
+    if args.transformer is None:
+        options |= shipped_decoding()
+    given = {name: getattr(args, name) for name in _PAPER}
+    return options | {name: value for name, value in given.items() if value is not None}
+
+
+def shipped_decoding() -> dict[str, Any]:
+    """Decoding settings of the model that comes along (demo.json beside its weights)."""
+    path = DEMO_MODEL / "demo.json"
+    if not path.is_file():
+        return {}
+    settings = json.loads(path.read_text(encoding="utf-8"))["decoding"]
+    return {name: value for name, value in settings.items() if name in _PAPER}
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    with running(args) as device:
+        tokenizer = load_tokenizer(args.tokenizer, device)
+        transformer = load_transformer(args.transformer, device)
+        given = _given(args, clip_geometry(tokenizer, transformer))
+        began = time.perf_counter()
+        video = mf.generate(
+            tokenizer,
+            transformer,
+            task=args.task,
+            video=None if given is None else given.to(device),
+            class_id=args.class_id,
+            frames=args.frames,
+            **decoding_options(args),
+        ).cpu()
+        elapsed = time.perf_counter() - began
+        fps = args.fps or (probe(args.video).fps if args.video else 25.0)
+        write_video(args.output, video[0], fps)
+        facts: dict[str, Any] = {
+            "task": args.task,
+            "output": args.output,
+            "shape": list(video.shape),
+            "given_frames": 0 if given is None else given.shape[2],
+            **decoding_options(args),
+            "fps": fps,
+            "generate_seconds": elapsed,
+            "impl": implementation(device),
+            "device": str(device),
+        }
+    frames, height, width = video.shape[2:]
+    text = table(
+        {
+            "task": args.task,
+            "video": f"{frames} frames of {height} x {width}, {facts['given_frames']} given",
+            "time": f"{elapsed:.2f} s for {facts['steps']} steps on {device} ({facts['impl']})",
+            "written": args.output,
+        }
+    )
+    return Outcome(facts, text)
+
+
+def _given(args: argparse.Namespace, geometry: ClipGeometry) -> Tensor | None:
+    """The condition [1, 3, T, H, W], as many frames as the task needs; None for tasks without."""
+    task = get_task(args.task)
+    if not task.has_condition:
+        if args.video is not None:
+            raise ValueError(f"--video: task {task.name} takes none; leave it out")
+        return None
+    if args.video is None:
+        raise ValueError(f"--video: task {task.name} needs a file to start from; give --video FILE")
+    shape = (task.min_frames(geometry), geometry.height, geometry.width)
+    return read_clip(args.video, shape, args.start)

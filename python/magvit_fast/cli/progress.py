@@ -1,0 +1,59 @@
+"""A progress bar with rate and time left, on stderr, where somebody is looking."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Advance = Callable[[int], None]
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """Yield `advance(n)`, which moves the bar by n of `total` units (None: unknown length).
+
+    The bar is drawn by rich if that is installed and stderr is a terminal; otherwise nothing is.
+    """
+    bar = _bar(unit) if sys.stderr.isatty() else None
+    if bar is None:
+        yield lambda count: None
+        return
+    with bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _bar(unit: str) -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            Task,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
+    except ImportError:  # a bar is a courtesy, not worth an error
+        return None
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.1f} {unit}/s")
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

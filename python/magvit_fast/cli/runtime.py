@@ -1,0 +1,166 @@
+"""What the commands share: device, threads, implementation, the models, and how results are shown."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from magvit_fast import _native
+from magvit_fast.errors import FileFormatError
+from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
+
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of a command: facts for `--json`, and the same for people."""
+
+    facts: Mapping[str, Any]
+    text: str
+
+
+def to_json(facts: Mapping[str, Any]) -> str:
+    """Strict JSON: numbers that it cannot express (PSNR of equal videos) become null."""
+    return json.dumps(_finite(facts), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(rows: Mapping[str, object]) -> str:
+    """Two aligned columns."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+# --- device, threads, implementation --------------------------------------------------------------
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where and how to run")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N",
+    )
+    group.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+    group.add_argument(
+        "--impl",
+        choices=("auto", "native", "reference"),
+        default=_native.current_impl(),
+        help="native kernels or the pure-PyTorch reference; auto takes native where it exists",
+    )
+
+
+@contextlib.contextmanager
+def running(args: argparse.Namespace) -> Iterator[torch.device]:
+    """Apply the run-time options inside the block, without gradients; yields the device."""
+    device = pick_device(args.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        with _native.default_impl(args.impl), torch.inference_mode():
+            yield device
+    finally:
+        torch.set_num_threads(threads)
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises ValueError for an unknown or absent device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"--device: {name!r} is not there: torch {torch.__version__} sees {count} GPUs"
+            )
+    return device
+
+
+def implementation(device: torch.device) -> str:
+    """What runs there now where an op has both: "native" or "reference"."""
+    if _native.current_impl() == "reference" or _native.missing_core(device) is not None:
+        return "reference"
+    return "native"
+
+
+def positive_int(text: str) -> int:
+    """argparse type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
+    return value
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """argparse type: "64" or "128x96" (height x width)."""
+    parts = text.lower().split("x")
+    try:
+        height, width = (int(part) for part in (parts if len(parts) == 2 else parts * 2))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected N or HEIGHTxWIDTH, got {text!r}") from None
+    if height < 1 or width < 1:
+        raise argparse.ArgumentTypeError(f"expected positive sizes, got {text!r}")
+    return height, width
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="directory or hub id of the tokenizer (default: the small one that comes along)",
+    )
+
+
+def add_transformer_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--transformer",
+        metavar="DIR",
+        help="directory or hub id of the masked transformer (default: the one that comes along)",
+    )
+
+
+def load_tokenizer(source: str | None, device: torch.device) -> MagvitV2Tokenizer:
+    """Ready for inference. Raises FileFormatError (missing, damaged or foreign model)."""
+    return MagvitV2Tokenizer.from_pretrained(_source(source, "tokenizer")).to(device).eval()
+
+
+def load_transformer(source: str | None, device: torch.device) -> MaskedTransformer:
+    """Ready for inference. Raises FileFormatError (missing, damaged or foreign model)."""
+    return MaskedTransformer.from_pretrained(_source(source, "transformer")).to(device).eval()
+
+
+def _source(source: str | None, kind: str) -> str:
+    if source is not None:
+        return source
+    shipped = DEMO_MODEL / kind
+    if not shipped.is_dir():
+        raise FileFormatError(
+            f"{shipped}: the model that comes along is missing from this installation; "
+            f"install again or give --{kind} DIR"
+        )
+    return str(shipped)

@@ -1,0 +1,91 @@
+"""Wall times of a tokenizer, native against the reference, in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from magvit_fast import _native
+from magvit_fast.models import MagvitV2Tokenizer
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def median_seconds(
+    candidates: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Medians after one warm-up call each; the candidates take turns, so that noise hits all."""
+    for function in candidates.values():
+        seconds(function, device)
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, function in candidates.items():
+            samples[name].append(seconds(function, device))
+    return {name: median(values) for name, values in samples.items()}
+
+
+def tokenizer_seconds(
+    tokenizer: MagvitV2Tokenizer, video: Tensor, repeats: int
+) -> dict[str, float]:
+    """Medians of encoding and decoding one batch of clips.
+
+    Args:
+        tokenizer, video: a clip batch [B, 3, T, H, W] on the tokenizer's device.
+        repeats: timed calls of each candidate.
+
+    Returns:
+        encode_seconds, decode_seconds: with the implementation in use.
+        reference_encode_seconds, reference_decode_seconds: all ops in pure PyTorch, the faster of
+        contiguous and channels_last_3d memory.
+    """
+    ids = tokenizer.encode(video)
+    codes = tokenizer.quantizer.codes(ids).to(video.dtype)
+    contiguous = torch.contiguous_format
+
+    def reference(function: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with _native.default_impl("reference"):
+                return function()
+
+        return run
+
+    def encode_contiguous() -> Tensor:
+        z = tokenizer.encoder(video.contiguous(memory_format=contiguous))
+        found: Tensor = tokenizer.quantizer(z, with_losses=False).ids
+        return found
+
+    def decode_contiguous() -> Tensor:
+        decoded: Tensor = tokenizer.decoder(codes.contiguous(memory_format=contiguous))
+        return decoded.clamp(0, 1)
+
+    times = median_seconds(
+        {
+            "encode": lambda: tokenizer.encode(video),
+            "encode_channels_last": reference(lambda: tokenizer.encode(video)),
+            "encode_contiguous": reference(encode_contiguous),
+            "decode": lambda: tokenizer.decode(ids),
+            "decode_channels_last": reference(lambda: tokenizer.decode(ids)),
+            "decode_contiguous": reference(decode_contiguous),
+        },
+        video.device,
+        repeats,
+    )
+    return {
+        "encode_seconds": times["encode"],
+        "decode_seconds": times["decode"],
+        "reference_encode_seconds": min(times["encode_channels_last"], times["encode_contiguous"]),
+        "reference_decode_seconds": min(times["decode_channels_last"], times["decode_contiguous"]),
+    }

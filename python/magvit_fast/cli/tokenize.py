@@ -1,0 +1,199 @@
+"""`magvit-fast tokenize VIDEO -o TOKENS`: a video file -> tokens, in memory that does not grow."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magvit_fast.cli.progress import Advance, progress
+from magvit_fast.cli.runtime import (
+    Outcome,
+    add_tokenizer_option,
+    frame_size,
+    implementation,
+    load_tokenizer,
+    positive_int,
+    running,
+    table,
+)
+from magvit_fast.data.tokens import (
+    TokenHeader,
+    VideoSource,
+    save_tokens,
+    tokenizer_fingerprint,
+)
+from magvit_fast.data.video import VideoInfo, iter_frames, probe
+from magvit_fast.errors import FileFormatError
+from magvit_fast.metrics import (
+    bits_per_pixel,
+    codebook_counts,
+    codebook_perplexity,
+    codebook_usage,
+    entropy_coded_bits,
+    fixed_length_bits,
+)
+from magvit_fast.models import MagvitV2Tokenizer
+
+HELP = "Turn a video file into a token file."
+_PIECE = 16  # frames decoded before the network sees them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="VIDEO", help="any file that FFmpeg reads")
+    parser.add_argument("-o", "--output", metavar="TOKENS", required=True, help=".safetensors file")
+    add_tokenizer_option(parser)
+    parser.add_argument(
+        "--size",
+        type=frame_size,
+        metavar="N|HxW",
+        help="center-crop and resize (default: keep the size, cropped to what the tokenizer takes)",
+    )
+    parser.add_argument("--start", type=int, default=0, help="first frame (default 0)")
+    parser.add_argument("--frames", type=positive_int, help="at most so many (default: all)")
+    parser.add_argument("--stride", type=positive_int, default=1, help="take every N-th frame")
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    with running(args) as device:
+        tokenizer = load_tokenizer(args.tokenizer, device)
+        video = probe(args.video)
+        size = args.size or _fitting_size(tokenizer, video)
+        began = time.perf_counter()
+        ids, frames = _encode(tokenizer, video, size, args, device)
+        elapsed = time.perf_counter() - began
+        facts: dict[str, Any] = {
+            "input": args.video,
+            "output": args.output,
+            "frames": frames,
+            **token_facts(ids, tokenizer.config.num_bits, frames, size),
+            "seconds": elapsed,
+            "frames_per_second": frames / elapsed,
+            "impl": implementation(device),
+            "device": str(device),
+        }
+        source = VideoSource(frames, video.height, video.width, video.fps / args.stride)
+        write_tokens(args.output, tokenizer, ids, size, source)
+    return Outcome(facts, _text(facts, Path(args.output)))
+
+
+def write_tokens(
+    path: str | Path,
+    tokenizer: MagvitV2Tokenizer,
+    ids: Tensor,
+    size: tuple[int, int],
+    source: VideoSource,
+) -> None:
+    """ids [1, T', H', W'] of one video of `size` pixels, with what `detokenize` needs to know."""
+    frames = 1 + (ids.shape[1] - 1) * tokenizer.config.time_stride
+    grid = (ids.shape[1], ids.shape[2], ids.shape[3])
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    header = TokenHeader(fingerprint, tokenizer.config.num_bits, grid, (frames, *size), source)
+    save_tokens(path, header, ids.cpu())
+
+
+def token_facts(ids: Tensor, num_bits: int, frames: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Counts, codebook use and rates of one video's tokens; `frames` counts true frames."""
+    counts = codebook_counts(ids, 2**num_bits)
+    return {
+        "size": list(size),
+        "grid": list(ids.shape[1:]),
+        "tokens": ids.numel(),
+        "bits_per_token": num_bits,
+        "bits_per_pixel": bits_per_pixel(fixed_length_bits(ids.numel(), num_bits), frames, *size),
+        "bits_per_pixel_entropy_coded": bits_per_pixel(
+            entropy_coded_bits(ids, num_bits), frames, *size
+        ),
+        "codebook_usage": codebook_usage(counts),
+        "codebook_perplexity": codebook_perplexity(counts),
+    }
+
+
+def _fitting_size(tokenizer: MagvitV2Tokenizer, video: VideoInfo) -> tuple[int, int]:
+    step = tokenizer.config.space_stride
+    height, width = video.height // step * step, video.width // step * step
+    if not height or not width:
+        raise FileFormatError(
+            f"{video.path}: its frames of {video.height} x {video.width} are smaller than one "
+            f"{step} x {step} token; enlarge them with --size"
+        )
+    return height, width
+
+
+def _encode(
+    tokenizer: MagvitV2Tokenizer,
+    video: VideoInfo,
+    size: tuple[int, int],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """ids int64 [1, T', H', W'] on the CPU and the number of true frames."""
+    frames = itertools.islice(
+        iter_frames(args.video, size=size, start=args.start, stride=args.stride), args.frames
+    )
+    expected = len(range(args.start, video.frames, args.stride))
+    total = expected if args.frames is None else min(args.frames, expected)
+    with progress("tokenize", total, "frames") as advance:
+        counted = _Counted(frames, advance)
+        pieces = _pieces(_filled(counted, tokenizer.config.time_stride), device)
+        ids = [chunk.cpu() for chunk in tokenizer.encode_stream(pieces)] if total else []
+    if not ids:
+        raise FileFormatError(
+            f"{args.video}: has {video.frames} frames, none from --start {args.start} on; "
+            "start earlier"
+        )
+    return torch.cat(ids, dim=1), counted.count
+
+
+class _Counted:
+    """Frames on their way to the network, counted and shown."""
+
+    def __init__(self, frames: Iterable[Tensor], advance: Advance) -> None:
+        self.count = 0
+        self._frames, self._advance = frames, advance
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for frame in self._frames:
+            yield frame
+            self.count += 1
+            self._advance(1)
+
+
+def _filled(frames: Iterable[Tensor], step: int) -> Iterator[Tensor]:
+    """Repeat the last frame until 1 + step * k are there, which is what causal tokens stand for."""
+    count, last = 0, None
+    for last in frames:
+        yield last
+        count += 1
+    if last is not None:
+        yield from itertools.repeat(last, (1 - count) % step)
+
+
+def _pieces(frames: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """[1, 3, n, H, W] at a time."""
+    while piece := list(itertools.islice(frames, _PIECE)):
+        yield torch.stack(piece, dim=1).unsqueeze(0).to(device)
+
+
+def _text(facts: dict[str, Any], output: Path) -> str:
+    height, width = facts["size"]
+    return table(
+        {
+            "video": f"{facts['frames']} frames of {height} x {width}",
+            "tokens": f"{facts['tokens']} of {facts['bits_per_token']} bits "
+            f"({' x '.join(map(str, facts['grid']))})",
+            "rate": f"{facts['bits_per_pixel']:.4f} bits per pixel, "
+            f"{facts['bits_per_pixel_entropy_coded']:.4f} entropy-coded",
+            "codebook": f"{facts['codebook_usage']:.1%} used, "
+            f"perplexity {facts['codebook_perplexity']:.0f}",
+            "speed": f"{facts['frames_per_second']:.1f} frames/s on {facts['device']} "
+            f"({facts['impl']})",
+            "written": f"{output} ({output.stat().st_size:,} bytes)",
+        }
+    )

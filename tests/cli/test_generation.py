@@ -1,0 +1,291 @@
+"""generate, demo, evaluate, bench: real runs on tiny models, and their bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import magvit_fast as mf
+from magvit_fast.cli import generate as generate_command
+from magvit_fast.cli.clips import copy_last, iter_clips
+from magvit_fast.data.tokens import load_tokens
+from magvit_fast.data.video import probe, read_video, write_video
+from magvit_fast.errors import FileFormatError
+from magvit_fast.metrics import psnr, ssim
+from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
+
+PREDICT = ("generate", "--task", "frame_prediction")
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def test_generate_frame_prediction(cli: Callable, models: Any, clip: str, tmp_path: Path) -> None:
+    out = tmp_path / "next.mp4"
+    options = ("--steps", "3", "--seed", "7", "--start", "4")
+    result = cli(*PREDICT, "--video", clip, "-o", out, *models.both, *options, "--json")
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    assert facts["shape"] == [1, 3, 9, 16, 16]
+    assert facts["given_frames"] == 5
+    assert (facts["steps"], facts["seed"], facts["choice_temperature"]) == (3, 7, 4.5)
+    info = probe(out)
+    assert (info.frames, info.height, info.width, info.fps) == (9, 16, 16, 12.0)
+    expected = mf.generate(
+        MagvitV2Tokenizer.from_pretrained(models.tokenizer),
+        MaskedTransformer.from_pretrained(models.transformer),
+        task="frame_prediction",
+        video=read_video(clip, frames=5, size=16, start=4).unsqueeze(0),
+        steps=3,
+        seed=7,
+    )
+    write_video(tmp_path / "expected.mp4", expected[0], 12.0)
+    assert torch.equal(read_video(out), read_video(tmp_path / "expected.mp4"))
+
+
+def test_generate_goes_on_for_as_long_as_it_is_told(
+    cli: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "long.mp4"
+    result = cli(
+        *PREDICT, "--video", clip, "-o", out, *models.both, "--steps", "2", "--frames", "20"
+    )
+    assert result.status == 0, result.err
+    assert "20 frames of 16 x 16, 5 given" in result.out
+    assert probe(out).frames == 20
+
+
+def test_generate_from_a_class(cli: Callable, models: Any, tmp_path: Path) -> None:
+    out = tmp_path / "class.mp4"
+    result = cli(
+        "generate", "--task", "class_generation", "-o", out, *models.both, "--steps", "2",
+        "--class-id", "1", "--fps", "8",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert (probe(out).frames, probe(out).fps) == (9, 8.0)
+
+
+def test_generate_bad_input(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "x.mp4", *models.both)
+    assert "needs a file to start from" in fails(*PREDICT, *out)
+    assert "too short: 5 frames" in fails(*PREDICT, *out, "--video", clip, "--start", "26")
+    unconditional = ("generate", "--task", "class_generation", *out)
+    assert "--video: task class_generation" in fails(*unconditional, "--video", clip)
+    assert "schedule" in fails(*PREDICT, *out, "--video", clip, "--schedule", "spiral")
+    assert "choice_temperature" in fails(
+        *PREDICT, *out, "--video", clip, "--choice-temperature", "-1"
+    )
+    swapped = ("--tokenizer", models.transformer, "--transformer", models.tokenizer)
+    assert "MaskedTransformer" in fails(*PREDICT, "-o", tmp_path / "x", "--video", clip, *swapped)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_do_not_fit(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:
+    config = MagvitV2Tokenizer.from_pretrained(models.tokenizer).config
+    wide = MagvitV2Tokenizer(type(config)(**{**config.__dict__, "num_bits": 8}))
+    wide.save_pretrained(tmp_path / "wide")
+    line = fails(
+        *PREDICT, "--video", clip, "-o", tmp_path / "x.mp4", "--transformer", models.transformer,
+        "--tokenizer", tmp_path / "wide",
+    )  # fmt: skip
+    assert "6 bits" in line
+    assert "8 bits" in line
+
+
+def test_settings_of_the_model_that_comes_along(
+    cli: Callable, models: Any, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shipped settings count for the shipped transformer alone; the command line beats them."""
+    (tmp_path / "demo.json").write_text('{"decoding": {"steps": 2, "choice_temperature": 1.5}}')
+    (tmp_path / "tokenizer").symlink_to(models.tokenizer)
+    (tmp_path / "transformer").symlink_to(models.transformer)
+    monkeypatch.setattr("magvit_fast.cli.runtime.DEMO_MODEL", tmp_path)
+    monkeypatch.setattr(generate_command, "DEMO_MODEL", tmp_path)
+    words = (*PREDICT, "--video", clip, "-o", tmp_path / "x.mp4", "--json")
+    facts = json.loads(cli(*words).out)
+    assert (facts["steps"], facts["choice_temperature"]) == (2, 1.5)
+    facts = json.loads(cli(*words, "--steps", "3").out)
+    assert (facts["steps"], facts["choice_temperature"]) == (3, 1.5)
+    facts = json.loads(cli(*words, *models.both).out)
+    assert (facts["steps"], facts["choice_temperature"]) == (12, 4.5)
+
+
+def test_missing_shipped_model(
+    fails: Callable, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("magvit_fast.cli.runtime.DEMO_MODEL", tmp_path)
+    line = fails("tokenize", clip, "-o", tmp_path / "t")
+    assert "give --tokenizer DIR" in line
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+DEMO_KEYS = {
+    "psnr_reconstruction",
+    "psnr_prediction",
+    "psnr_copy_last_frame",
+    "tokens",
+    "bits_per_pixel",
+    "codebook_usage",
+    "encode_seconds",
+    "decode_seconds",
+    "generate_seconds",
+    "reference_encode_seconds",
+    "reference_decode_seconds",
+    "impl",
+    "device",
+}
+DEMO_FILES = {
+    "input.mp4",
+    "reconstruction.mp4",
+    "prediction.mp4",
+    "sheet.png",
+    "tokens.safetensors",
+    "report.json",
+}
+
+
+@pytest.mark.parametrize("own_video", [False, True])
+def test_demo(cli: Callable, models: Any, clip: str, tmp_path: Path, own_video: bool) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "demo_out"
+    video = ("--video", clip) if own_video else ()
+    options = ("--repeats", "1", "--steps", "2")
+    result = cli("demo", "--out", out, *models.both, *options, *video, "--json")
+    assert result.status == 0, result.err
+    report = json.loads((out / "report.json").read_text())
+    assert report == json.loads(result.out)
+    assert {entry.name for entry in out.iterdir()} == DEMO_FILES
+    assert set(report) >= DEMO_KEYS
+    _check_report(report, out, models)
+
+
+def _check_report(report: dict[str, Any], out: Path, models: Any) -> None:
+    """The report's numbers follow from the files beside it."""
+    assert probe(out / "input.mp4").codec == "h264"
+    source = read_video(out / "input.mp4").unsqueeze(0)
+    assert source.shape == (1, 3, 9, 16, 16)
+    tokenizer = MagvitV2Tokenizer.from_pretrained(models.tokenizer)
+    with torch.inference_mode():
+        ids = tokenizer.encode(source)
+        rebuilt = tokenizer.decode(ids)
+    header, tensors = load_tokens(out / "tokens.safetensors")
+    assert torch.equal(tensors["ids"], ids)
+    assert header.video == (9, 16, 16)
+    assert report["tokens"] == ids.numel() == 48
+    assert report["bits_per_pixel"] == pytest.approx(48 * 6 / (9 * 16 * 16))
+    assert report["codebook_usage"] == pytest.approx(ids.unique().numel() / 64)
+    assert report["psnr_reconstruction"] == pytest.approx(psnr(rebuilt, source).item(), abs=1e-3)
+    copied = source[:, :, 4:5].expand(-1, -1, 4, -1, -1)
+    expected = psnr(copied, source[:, :, 5:]).item()
+    assert report["psnr_copy_last_frame"] == pytest.approx(expected, abs=1e-3)
+    predicted = mf.generate(
+        tokenizer,
+        MaskedTransformer.from_pretrained(models.transformer),
+        task="frame_prediction",
+        video=source[:, :, :5],
+        steps=2,
+    )
+    expected = psnr(predicted[:, :, 5:], source[:, :, 5:]).item()
+    assert report["psnr_prediction"] == pytest.approx(expected, abs=1e-3)
+    assert probe(out / "prediction.mp4").frames == probe(out / "reconstruction.mp4").frames == 9
+    assert all(report[key] > 0 for key in DEMO_KEYS if key.endswith("_seconds"))
+    assert (out / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_summary_for_people(cli: Callable, models: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = cli("demo", "--out", tmp_path, *models.both, "--repeats", "1", "--steps", "2")
+    for word in ("reconstruction", "dB over copying", "pure PyTorch", str(tmp_path / "sheet.png")):
+        assert word in result.out
+
+
+def test_demo_bad_video(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    words = ("demo", "--out", out, *models.both)
+    assert "no such file" in fails(*words, "--video", tmp_path / "none.mp4")
+    assert "too short: 9 frames" in fails(*words, "--video", clip, "--start", "25")
+    assert not out.exists()
+
+
+def test_demo_into_a_place_that_is_taken(fails: Callable, models: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "out").write_text("a file")
+    assert "cannot write" in fails("demo", "--out", tmp_path / "out", *models.both)
+
+
+# --- evaluate and bench ---------------------------------------------------------------------------
+
+
+def test_evaluate(cli: Callable, models: Any, clip: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.mp4"
+    write_video(other, torch.rand(3, 11, 20, 20))
+    written = tmp_path / "scores.json"
+    result = cli(
+        "evaluate", clip, other, *models.both, "--prediction", "--steps", "2", "--json",
+        "-o", written,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    assert facts == json.loads(written.read_text())
+    first, second = facts["files"]
+    assert (first["clips"], second["clips"], facts["mean"]["clips"]) == (3, 1, 4)
+    tokenizer = MagvitV2Tokenizer.from_pretrained(models.tokenizer)
+    with torch.inference_mode():
+        clips = list(iter_clips(clip, (9, 16, 16)))
+        rebuilt = [tokenizer.decode(tokenizer.encode(piece)) for piece in clips]
+    pairs = list(zip(rebuilt, clips, strict=True))
+    assert first["psnr"] == pytest.approx(sum(psnr(a, b).item() for a, b in pairs) / 3, rel=1e-4)
+    assert first["ssim"] == pytest.approx(sum(ssim(a, b).item() for a, b in pairs) / 3, rel=1e-3)
+    copied = sum(psnr(copy_last(piece, 5), piece[:, :, 5:]).item() for piece in clips) / 3
+    assert first["copy_last_frame_psnr"] == pytest.approx(copied, rel=1e-5)
+    expected = (3 * first["prediction_psnr"] + second["prediction_psnr"]) / 4
+    assert facts["mean"]["prediction_psnr"] == pytest.approx(expected)
+    assert first["bits_per_pixel"] == pytest.approx(48 * 6 / (9 * 16 * 16))
+
+
+def test_evaluate_table(cli: Callable, models: Any, clip: str) -> None:
+    result = cli(
+        "evaluate", clip, "--tokenizer", models.tokenizer, "--frames", "5", "--size", "16",
+        "--clips", "2",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    head, row, mean, codebook = result.out.splitlines()
+    assert head.split() == ["clips", "PSNR", "SSIM", "bits/px", "coded"]
+    assert row.split()[:2] == [clip, "2"]
+    assert mean.startswith("mean over clips")
+    assert "perplexity" in codebook
+
+
+def test_evaluate_bad_input(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:
+    model = ("--tokenizer", models.tokenizer)
+    assert "too short: 61 frames needed, found 30" in fails(
+        "evaluate", clip, *model, "--frames", "61"
+    )
+    assert "1 + 4k" in fails("evaluate", clip, *model, "--frames", "6", "--size", "16")
+    assert "no such file" in fails("evaluate", tmp_path / "none.mp4", *model)
+    with pytest.raises(FileFormatError, match="too short"):
+        list(iter_clips(clip, (31, 8, 8)))
+
+
+def test_bench(cli: Callable, models: Any) -> None:
+    words = ("bench", "--tokenizer", models.tokenizer, "--frames", "5", "--size", "16")
+    result = cli(*words, "--repeats", "1", "--json")
+    facts = json.loads(result.out)
+    assert facts["shape"] == [1, 3, 5, 16, 16]
+    for part in ("encode", "decode"):
+        ours, reference = facts[f"{part}_seconds"], facts[f"reference_{part}_seconds"]
+        assert facts[f"{part}_speedup"] == pytest.approx(reference / ours)
+    assert "frames/s" in cli(*words, "--repeats", "1", "--dtype", "bfloat16").out
+
+
+def test_bench_bad_input(fails: Callable, models: Any) -> None:
+    assert "no preset 'fast'" in fails("bench", "--preset", "fast")
+    both = ("--preset", "magvit-v2-demo", "--tokenizer", models.tokenizer)
+    assert "got both" in fails("bench", *both)

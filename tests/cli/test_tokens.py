@@ -1,0 +1,241 @@
+"""tokenize and detokenize: streaming, the tail, bad files, full disks, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from magvit_fast.data.tokens import TokenHeader, load_tokens, save_tokens
+from magvit_fast.data.video import probe, read_video, write_video
+from magvit_fast.models import MagvitV2Tokenizer
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5, 6, 30])
+def test_round_trip_of_any_length(
+    cli: Callable, models: Any, clip: str, tmp_path: Path, frames: int
+) -> None:
+    tokens, video = tmp_path / "clip.safetensors", tmp_path / "again.mp4"
+    model = ("--tokenizer", models.tokenizer)
+    result = cli("tokenize", clip, "-o", tokens, *model, "--frames", str(frames), "--json")
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    slots = 1 + -(-(frames - 1) // 4)
+    assert facts["frames"] == frames
+    assert facts["grid"] == [slots, 6, 8]
+    assert facts["tokens"] == slots * 48
+    assert facts["bits_per_pixel"] == pytest.approx(slots * 48 * 6 / (frames * 24 * 32))
+
+    result = cli("detokenize", tokens, "-o", video, *model, "--json")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["frames"] == frames
+    info = probe(video)
+    assert (info.frames, info.fps, info.height, info.width) == (frames, 12.0, 24, 32)
+
+
+def test_streaming_equals_the_whole_and_the_tail_repeats_the_last_frame(
+    cli: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens.safetensors"
+    assert cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer).status == 0
+    header, tensors = load_tokens(path)
+    frames = read_video(clip)
+    padded = torch.cat([frames, frames[:, -1:].expand(-1, 3, -1, -1)], dim=1)
+    assert padded.shape[1] == 33
+    tokenizer = MagvitV2Tokenizer.from_pretrained(models.tokenizer)
+    with torch.inference_mode():
+        expected = tokenizer.encode(padded.unsqueeze(0))
+    assert torch.equal(tensors["ids"], expected)
+    assert header.video == (33, 24, 32)
+    assert header.source is not None
+    assert (header.source.frames, header.source.fps) == (30, 12.0)
+
+
+def test_detokenized_frames_are_the_decoders(
+    cli: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    tokens, video = tmp_path / "t.safetensors", tmp_path / "v.mp4"
+    cli("tokenize", clip, "-o", tokens, "--tokenizer", models.tokenizer, "--frames", "7")
+    cli("detokenize", tokens, "-o", video, "--tokenizer", models.tokenizer, "--crf", "0")
+    tokenizer = MagvitV2Tokenizer.from_pretrained(models.tokenizer)
+    with torch.inference_mode():
+        expected = tokenizer.decode(load_tokens(tokens)[1]["ids"])[0, :, :7]
+    write_video(tmp_path / "expected.mp4", expected, 12.0, crf=0)
+    difference = read_video(video) - read_video(tmp_path / "expected.mp4")
+    assert difference.abs().max() <= 2 / 255  # chunks may round differently from the whole
+
+
+def test_text_output_names_rate_and_file(
+    cli: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "t.safetensors"
+    result = cli("tokenize", clip, "-o", tokens, "--tokenizer", models.tokenizer, "--frames", "5")
+    for word in ("5 frames of 24 x 32", "bits per pixel", "frames/s", str(tokens)):
+        assert word in result.out
+    result = cli("detokenize", tokens, "-o", tmp_path / "v.mp4", "--tokenizer", models.tokenizer)
+    assert "5 frames of 24 x 32 at 12 frames/s" in result.out
+
+
+def test_start_stride_and_size(cli: Callable, models: Any, clip: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    options = ("--start", "2", "--stride", "3", "--size", "16x20")
+    result = cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, *options, "--json")
+    facts = json.loads(result.out)
+    assert facts["frames"] == len(range(2, 30, 3))
+    header, tensors = load_tokens(path)
+    assert header.source is not None
+    assert header.source.fps == 4.0
+    assert header.video[1:] == (16, 20)
+    frames = read_video(clip, start=2, stride=3, size=(16, 20))
+    frames = torch.cat([frames, frames[:, -1:].expand(-1, 3, -1, -1)], dim=1)
+    tokenizer = MagvitV2Tokenizer.from_pretrained(models.tokenizer)
+    with torch.inference_mode():
+        assert torch.equal(tensors["ids"], tokenizer.encode(frames.unsqueeze(0)))
+
+
+def test_odd_sizes_are_cropped_to_whole_tokens(cli: Callable, models: Any, tmp_path: Path) -> None:
+    write_video(tmp_path / "odd.mp4", torch.rand(3, 5, 27, 21))
+    result = cli(
+        "tokenize", tmp_path / "odd.mp4", "-o", tmp_path / "t", "--tokenizer", models.tokenizer,
+        "--json",
+    )  # fmt: skip
+    assert json.loads(result.out)["size"] == [28, 20]  # of 28 x 22 in the file
+
+
+def test_bad_videos(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "t.safetensors"
+    model = ("-o", out, "--tokenizer", models.tokenizer)
+    assert "no such file" in fails("tokenize", tmp_path / "none.mp4", *model)
+    (tmp_path / "empty.mp4").touch()
+    assert "is empty" in fails("tokenize", tmp_path / "empty.mp4", *model)
+    (tmp_path / "cut.mp4").write_bytes(Path(clip).read_bytes()[:900])
+    assert "cut.mp4" in fails("tokenize", tmp_path / "cut.mp4", *model)
+    assert "is a directory" in fails("tokenize", tmp_path, *model)
+    assert "none from --start 30" in fails("tokenize", clip, *model, "--start", "30")
+    write_video(tmp_path / "tiny.mp4", torch.rand(3, 2, 2, 8))
+    assert "smaller than one 4 x 4 token" in fails("tokenize", tmp_path / "tiny.mp4", *model)
+    assert "multiples of 4, got 10 x 10" in fails("tokenize", clip, *model, "--size", "10")
+    assert not out.exists()
+
+
+def test_bad_tokenizer_directories(fails: Callable, clip: str, tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "t.safetensors")
+    assert "no such directory" in fails("tokenize", clip, *out, "--tokenizer", tmp_path / "none")
+    assert "config.json" in fails("tokenize", clip, *out, "--tokenizer", tmp_path)
+
+
+def test_wrong_tokenizer_names_both(
+    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    path, video = tmp_path / "t.safetensors", tmp_path / "v.mp4"
+    cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
+    line = fails("detokenize", path, "-o", video, "--tokenizer", models.other_tokenizer)
+    assert str(path) in line
+    assert "made by another tokenizer" in line
+    assert load_tokens(path)[0].fingerprint in line
+    assert not video.exists()
+
+
+def test_bad_token_files(
+    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    path, video = tmp_path / "t.safetensors", tmp_path / "v.mp4"
+    output = ("-o", video, "--tokenizer", models.tokenizer)
+    cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
+    whole = path.read_bytes()
+
+    assert "no such token file" in fails("detokenize", tmp_path / "none", *output)
+    assert "is-a-video" not in fails("detokenize", clip, *output)
+    path.write_bytes(whole[: len(whole) - 10])
+    assert str(path) in fails("detokenize", path, *output)
+    damaged = bytearray(whole)
+    damaged[-3] ^= 1
+    path.write_bytes(damaged)
+    assert "checksum" in fails("detokenize", path, *output)
+    save_file({"ids": torch.zeros(1, 2, 6, 8)}, path)
+    assert "holds no tokens of this project" in fails("detokenize", path, *output)
+    path.write_bytes(b"")
+    assert str(path) in fails("detokenize", path, *output)
+    assert not video.exists()
+
+
+def test_training_shards_are_not_videos(
+    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.safetensors"
+    cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
+    header, tensors = load_tokens(path)
+    shard = TokenHeader(header.fingerprint, header.num_bits, header.grid, header.video)
+    save_tokens(path, shard, tensors["ids"].repeat(3, 1, 1, 1))
+    line = fails("detokenize", path, "-o", tmp_path / "v.mp4", "--tokenizer", models.tokenizer)
+    assert "3 clips of a training set" in line
+
+
+@pytest.mark.parametrize("command", ["tokenize", "detokenize"])
+def test_full_disk_keeps_the_old_output(
+    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path, command: str
+) -> None:
+    tokens = tmp_path / "tokens.safetensors"
+    model = ("--tokenizer", models.tokenizer)
+    assert cli("tokenize", clip, "-o", tokens, *model).status == 0
+    output = tmp_path / "out" / "file.mp4"
+    output.parent.mkdir()
+    output.write_bytes(b"old")
+    source = clip if command == "tokenize" else tokens
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        line = fails(command, source, "-o", output, *model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot write {output}" in line
+    assert output.read_bytes() == b"old"
+    assert [entry.name for entry in output.parent.iterdir()] == ["file.mp4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_detokenize_leaves_nothing(
+    cli: Callable, models: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    long = tmp_path / "long.mp4"
+    write_video(long, torch.rand(3, 1, 32, 32).expand(-1, 240, -1, -1))
+    tokens, out = tmp_path / "t.safetensors", tmp_path / "out"
+    model = ["--tokenizer", models.tokenizer]
+    assert cli("tokenize", long, "-o", tokens, *model).status == 0
+    out.mkdir()
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "magvit_fast.cli.main",
+            "detokenize",
+            str(tokens),
+            "-o",
+            str(out / "v.mp4"),
+            *model,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    deadline = time.monotonic() + 60
+    while not any(out.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    with process.stderr:
+        text = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert "interrupted" in text
+    assert "Traceback" not in text
+    assert not list(out.iterdir())
