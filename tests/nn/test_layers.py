@@ -163,7 +163,7 @@ def test_depth_to_space_refuses() -> None:
     x = torch.zeros(1, 6, 2, 2, 2)
     with pytest.raises(ValueError, match="channels in a multiple of 8"):
         mf.depth_to_space3d(x, 2)
-    with pytest.raises(ValueError, match="drop_first: expected 0..2, got 3"):
+    with pytest.raises(ValueError, match=r"drop_first: expected 0..2, got 3"):
         mf.depth_to_space3d(x, (1, 1, 1), drop_first=3)
     with pytest.raises(ValueError, match="factor: expected"):
         mf.depth_to_space3d(x, (0, 1, 1))

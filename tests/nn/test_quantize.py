@@ -150,7 +150,7 @@ def test_bad_inputs() -> None:
         lfq(torch.zeros(1, 5, 1, 1, 1))
     with pytest.raises(ValueError, match=r"ids: expected 0..15 \(4 bits\), got values in -1..3"):
         lfq.codes(torch.tensor([[[[-1, 3]]]]))
-    with pytest.raises(ValueError, match="got values in 0..16"):
+    with pytest.raises(ValueError, match=r"got values in 0..16"):
         lfq.codes(torch.tensor([[[[0, 16]]]]))
-    with pytest.raises(TypeError, match="ids: expected an int64 Tensor, got torch.int32"):
+    with pytest.raises(TypeError, match=r"ids: expected an int64 Tensor, got torch.int32"):
         lfq.codes(torch.zeros(1, 1, 1, 1, dtype=torch.int32))

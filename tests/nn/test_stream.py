@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +18,7 @@ from magvit_fast.nn.stream import StreamState, rechunk
 def chunks_of(length: int, cuts: list[int]) -> list[int]:
     """Lengths of the pieces between sorted cut positions."""
     edges = [0, *sorted(min(c, length) for c in cuts), length]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 @given(

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.goldens import load_goldens
 
 from magvit_fast.tasks import PARTS, commit_loss, commit_mask, mask_ratio
@@ -71,6 +73,25 @@ def test_matches_the_official_masking() -> None:
             assert torch.equal(batch.tokens.masked_fill(batch.mask, -1), expected), key
             compared += 1
     assert compared >= 12
+
+
+@given(data=st.data())
+def test_every_position_is_what_its_part_says(data: st.DataObject) -> None:
+    batch, n = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    targets = torch.randint(0, 100, (batch, n), generator=generator)
+    condition = torch.randint(100, 200, (batch, n), generator=generator)
+    inside = torch.rand(batch, n, generator=generator) < 0.4
+    u = torch.rand(1, generator=generator)
+    out = commit_mask(targets, condition, inside, u=u, generator=generator)
+    refine, mask = out.part == REFINE, out.part == MASK
+    assert torch.equal(out.mask, mask)
+    assert not (refine & ~inside).any()
+    assert not (mask & inside).any()
+    assert torch.equal(out.tokens[refine], condition[refine])
+    assert torch.equal(out.tokens[out.part == RECONSTRUCT], targets[out.part == RECONSTRUCT])
+    selected = max(1, math.floor(n * float(mask_ratio(u))))
+    assert (out.part != RECONSTRUCT).sum(1).tolist() == [selected] * batch
 
 
 def test_ratio_per_batch_and_per_sample() -> None:

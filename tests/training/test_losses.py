@@ -188,7 +188,6 @@ def _one_rank(rank: int, path: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one_with_the_global_batch(tmp_path: Path) -> None:
     mp.spawn(_one_rank, args=(str(tmp_path / "init"), str(tmp_path / "rank")), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
