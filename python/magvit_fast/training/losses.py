@@ -8,7 +8,7 @@ global loss under DDP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -119,12 +119,28 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+class _MeanOverProcesses(torch.autograd.Function):
+    """Mean of a tensor over all processes; its gradient is the mean of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _all_reduced_mean(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _all_reduced_mean(grad)
+
+
+def _all_reduced_mean(x: Tensor) -> Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def _global_mean(x: Tensor) -> Tensor:
     mean = x.mean()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        from torch.distributed.nn.functional import all_reduce  # differentiable
-
-        mean = all_reduce(mean) / dist.get_world_size()  # type: ignore[no-untyped-call]
+        mean = _MeanOverProcesses.apply(mean)  # type: ignore[no-untyped-call]
     return mean
 
 
