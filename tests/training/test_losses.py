@@ -185,7 +185,6 @@ def _one_rank(rank: int, path: str, out: str) -> None:
     torch.save(
         (loss.detach(), real.grad, fake.grad, lecam.ema_real, lecam.ema_fake), f"{out}{rank}.pt"
     )
-    dist.barrier()  # neither leaves while the other still talks
     dist.destroy_process_group()
 
 

@@ -58,9 +58,14 @@ class Sample(TypedDict):
 class ClipSource(Protocol):
     """What the training loops need of a data set: two pools of entries, addressed by draws."""
 
-    num_clips: int
-    num_stills: int
-    class_names: tuple[str, ...]
+    @property
+    def num_clips(self) -> int: ...
+
+    @property
+    def num_stills(self) -> int: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def __getitem__(self, draw: Draw) -> Sample: ...
 
@@ -145,7 +150,7 @@ class VideoClips:
         return len(self.files)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        """The clip of this draw. A file that cannot be decoded gives way to the next in the list."""
+        """The clip of this draw. A file that cannot be decoded gives way to the next one."""
         pool: Sequence[int] = range(len(self.files)) if draw.still else self._clips
         for replaced in range(len(pool)):
             number = pool[(draw.index + replaced) % len(pool)]

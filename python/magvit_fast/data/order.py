@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Draw:
-    """One request to a data set: entry `index` of its clips (or stills), augmented as in `epoch`."""
+    """A request to a data set: entry `index` of its clips (or stills), augmented as in `epoch`."""
 
     epoch: int
     index: int

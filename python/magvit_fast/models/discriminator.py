@@ -62,6 +62,11 @@ class DiscriminatorConfig:
         t, h, w = (math.ceil(n / shrink) for n in self.clip)
         return t, h, w
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether a single image ends on the same grid as a clip, so that both can be judged."""
+        return self.final_grid[0] == 1
+
 
 class DiscriminatorBlock(nn.Module):
     """(main + skip) / sqrt(2); [B, C, T, H, W] -> [B, out, ceil(T/2), ceil(H/2), ceil(W/2)].
@@ -145,7 +150,10 @@ class Discriminator3D(PretrainedMixin, nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         expected = (self.config.in_channels, *self.config.clip)
-        if video.dim() != 5 or tuple(video.shape[1:]) != expected:
+        shape = list(video.shape[1:])
+        if self.config.takes_images and video.dim() == 5 and shape[1] == 1:
+            shape[1] = self.config.clip[0]
+        if tuple(shape) != expected:
             raise ValueError(
                 f"video: expected [B, {', '.join(map(str, expected))}], got {tuple(video.shape)}"
             )

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from magvit_fast.ops._sync import mean_over_processes
+
 
 def _half(log_plus: Tensor, log_minus: Tensor) -> Tensor:
     """[N, d] bit log-probabilities -> [N, 2**d] code probabilities, bit 0 least significant."""
@@ -27,6 +29,8 @@ def lfq_entropy(z: Tensor, *, channel_dim: int = 1, inv_temperature: float = 100
     d = flat.shape[1]
     lo = d // 2
     probs = _half(lp[:, lo:], lm[:, lo:]).T @ _half(lp[:, :lo], lm[:, :lo]) / flat.shape[0]
+    if sync:
+        probs = mean_over_processes(probs)
     if eps > 0:
         guarded = probs + eps if log_guard == "shift" else probs.clamp(min=eps)
         codebook = -(probs * guarded.log()).sum()

@@ -8,12 +8,13 @@ global loss under DDP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from magvit_fast.ops._sync import mean_over_processes
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class LeCam(nn.Module):
     def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
         """Logits of any shape -> the unweighted regularizer (scalar)."""
         real, fake = _at_least_float32(logits_real), _at_least_float32(logits_fake)
-        mean_real, mean_fake = _global_mean(real), _global_mean(fake)
+        mean_real, mean_fake = mean_over_processes(real.mean()), mean_over_processes(fake.mean())
         before_real, before_fake = self.ema_real.clone(), self.ema_fake.clone()
         after_real = self.decay * before_real + (1 - self.decay) * mean_real
         after_fake = self.decay * before_fake + (1 - self.decay) * mean_fake
@@ -117,31 +118,6 @@ class LeCam(nn.Module):
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-class _MeanOverProcesses(torch.autograd.Function):
-    """Mean of a tensor over all processes; its gradient is the mean of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _all_reduced_mean(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _all_reduced_mean(grad)
-
-
-def _all_reduced_mean(x: Tensor) -> Tensor:
-    total = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def _global_mean(x: Tensor) -> Tensor:
-    mean = x.mean()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        mean = _MeanOverProcesses.apply(mean)  # type: ignore[no-untyped-call]
-    return mean
 
 
 def entropy_weight(

@@ -1,0 +1,325 @@
+"""What a training run is made of: dataclasses, and the strict reader of TOML recipes for them.
+
+A recipe has one table per field below; what it leaves out keeps the default, which is the published
+value where there is one. A table of a model may start from a preset (`preset = "magvit-v2-base"`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from magvit_fast.errors import FileFormatError
+from magvit_fast.models.discriminator import DiscriminatorConfig
+from magvit_fast.models.magvit_v2 import MagvitV2Config
+from magvit_fast.models.masked_transformer import MaskedTransformerConfig
+from magvit_fast.models.presets import preset
+from magvit_fast.tasks import get_task
+from magvit_fast.training.losses import TokenizerLossWeights
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+# Config class -> the model class under which models/presets.py lists its presets.
+_PRESET_OWNERS: dict[type, str] = {
+    MagvitV2Config: "MagvitV2Tokenizer",
+    DiscriminatorConfig: "Discriminator3D",
+    MaskedTransformerConfig: "MaskedTransformer",
+}
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from and how they are cut.
+
+    source: "videos" reads `path` (a folder, or a text file that lists files); "scenes" renders
+        `scenes` synthetic training scenes.
+    frames, size: of a clip. strides, crop_scale, flip: see data.clips.Augmentation.
+    image_ratio: share of batches made of single images instead of clips.
+    labels: a video's class is the name of its folder.
+    """
+
+    source: Literal["videos", "scenes"] = "videos"
+    path: str = ""
+    scenes: int = 100_000
+    frames: int = 17
+    size: int = 128
+    strides: tuple[int, ...] = (1,)
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    flip: bool = True
+    image_ratio: float = 0.0
+    labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.source == "videos" and not self.path:
+            raise ValueError("path: expected a folder or list of videos, got an empty name")
+        if not 0.0 <= self.image_ratio <= 1.0:
+            raise ValueError(f"image_ratio: expected a share in [0, 1], got {self.image_ratio}")
+        for name in ("scenes", "frames", "size"):
+            _at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam (weight_decay 0) or AdamW; linear warm-up, then a cosine down to 0 at the last step.
+
+    clip_norm: the gradients' global norm is cut to this; 0 turns that off.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.99)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("learning_rate", self.learning_rate)
+        for name in ("weight_decay", "warmup_steps", "clip_norm"):
+            _at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run goes.
+
+    output: folder of checkpoints, logs and the final model.
+    batch_size: clips in an optimizer step, over all processes and accumulated parts together.
+    gradient_accumulation: parts that a process cuts its share of the batch into. The entropy of the
+        codebook and LeCam's means are then those of one part.
+    mixed_precision: of Accelerate. workers: loader processes (0: none).
+    """
+
+    output: str
+    steps: int
+    batch_size: int
+    gradient_accumulation: int = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    workers: int = 2
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output: expected a folder, got an empty name")
+        for name in ("steps", "batch_size", "gradient_accumulation"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("seed", "workers"):
+            _at_least(name, getattr(self, name), 0)
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                "batch_size: expected a multiple of gradient_accumulation "
+                f"({self.gradient_accumulation}), got {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class EntropyConfig:
+    """Annealing of the model's entropy_weight: times start_factor at step 0, falling linearly to
+    times 1 at anneal_steps (MAGVIT-v2: 3 and 2000; losses.entropy_weight tells the other reading)."""
+
+    start_factor: float = 3.0
+    anneal_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        _at_least("start_factor", self.start_factor, 0)
+        _at_least("anneal_steps", self.anneal_steps, 0)
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """Stage one. The discriminator's clip is set from [data]; loss.adversarial 0 trains without it.
+
+    perceptual_weights: a folder or hub id of an ImageNet ResNet-50 (see training/perceptual.py); empty
+        leaves the perceptual loss out. ema_decay: of the generator's average, which is the result.
+    recompute_levels: see MagvitV2Tokenizer.set_gradient_checkpointing.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    model: MagvitV2Config = field(default_factory=MagvitV2Config)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: TokenizerLossWeights = field(default_factory=TokenizerLossWeights)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    perceptual_weights: str = ""
+    ema_decay: float = 0.999
+    recompute_levels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.data.frames - 1) % self.model.time_stride:
+            raise ValueError(
+                f"data.frames: expected 1 + {self.model.time_stride}k for this model, "
+                f"got {self.data.frames}"
+            )
+        if self.data.size % self.model.space_stride:
+            raise ValueError(
+                f"data.size: expected a multiple of {self.model.space_stride} for this model, "
+                f"got {self.data.size}"
+            )
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """path: folder of token shards; written first, from [data] by the tokenizer, if it has none.
+
+    passes: how many differently augmented draws of each clip are tokenized.
+    """
+
+    path: str
+    passes: int = 1
+    shard_size: int = 4096
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("passes", "shard_size", "batch_size"):
+            _at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What the transformer learns: a name of mf.tasks.TASKS.
+
+    given_frames: leading frames of the tasks that are given some; 0 keeps the task's own number.
+    class_drop: share of samples whose class is replaced by "no class" (for guidance).
+    ratio_per_sample: draw the mask ratio for each sample instead of once a batch (see tasks.commit).
+    """
+
+    name: str = "frame_prediction"
+    given_frames: int = 0
+    class_drop: float = 0.1
+    ratio_per_sample: bool = False
+    label_smoothing: float = 1e-4
+
+    def __post_init__(self) -> None:
+        get_task(self.name)
+        for name in ("class_drop", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TransformerTraining:
+    """Stage two. tokenizer: a folder, hub id or output of stage one."""
+
+    run: RunConfig
+    tokenizer: str
+    tokens: TokensConfig
+    data: DataConfig
+    model: MaskedTransformerConfig = field(default_factory=MaskedTransformerConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            betas=(0.9, 0.96), weight_decay=0.045, warmup_steps=5000, clip_norm=1.0
+        )
+    )
+
+
+def load_recipe(path: str | os.PathLike[str], kind: type[T]) -> T:
+    """Read a TOML recipe into TokenizerTraining or TransformerTraining.
+
+    Raises FileFormatError, which names the file and the key: no TOML, an unknown or missing key, a
+    value of the wrong type or outside its range.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path}: cannot be read ({error}); give a TOML recipe") from error
+    except tomllib.TOMLDecodeError as error:
+        raise FileFormatError(f"{path}: is no valid TOML: {error}") from error
+    return _build(kind, table, f"{path}: ", "", None)
+
+
+def _build(kind: type[T], table: dict[str, Any], file: str, prefix: str, base: T | None) -> T:
+    """A dataclass from a table, over the values of `base` where there is one."""
+    table, fields = dict(table), dataclasses.fields(kind)  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    if kind in _PRESET_OWNERS and "preset" in table:
+        name = table.pop("preset")
+        try:
+            values = preset(_PRESET_OWNERS[kind], name)
+        except ValueError as error:
+            raise FileFormatError(f"{file}key '{prefix}preset': {error}") from error
+    elif base is not None:
+        values = {f.name: getattr(base, f.name) for f in fields}
+    else:  # the defaults, so that a nested table can start from them
+        values = {f.name: _default(f) for f in fields if _default(f) is not dataclasses.MISSING}
+    hints = get_type_hints(kind)
+    for key, value in table.items():
+        if key not in hints:
+            raise FileFormatError(
+                f"{file}unknown key '{prefix}{key}'; known are {', '.join(sorted(hints))}"
+            )
+        values[key] = _convert(value, hints[key], file, prefix + key, values.get(key))
+    for f in fields:
+        if f.name not in values and _default(f) is dataclasses.MISSING:
+            raise FileFormatError(f"{file}key '{prefix}{f.name}' is missing")
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"{file}key '{prefix}{error}") from error
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _convert(value: Any, hint: Any, file: str, key: str, base: Any) -> Any:
+    """The value as the type of the field, or an error that names file and key."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(hint, value, file, f"{key}.", base)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value in arguments:
+            return value
+    elif origin in (Union, types.UnionType):
+        for choice in arguments:
+            if choice is not type(None):
+                return _convert(value, choice, file, key, base)
+    elif origin is tuple and isinstance(value, list):
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(arguments) == len(value):
+            pairs = enumerate(zip(value, arguments, strict=True))
+            return tuple(_convert(v, h, file, f"{key}[{i}]", None) for i, (v, h) in pairs)
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise FileFormatError(f"{file}key '{key}': expected {_name(hint)}, got {value!r}")
+
+
+def _name(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return "a table"
+    if origin is Literal:
+        return "one of " + ", ".join(repr(a) for a in arguments)
+    if origin is tuple:
+        many = arguments[-1] is Ellipsis
+        return f"a list of {'' if many else f'{len(arguments)} x '}{_name(arguments[0])}"
+    return str(getattr(hint, "__name__", hint))

@@ -1,0 +1,17 @@
+"""The learning rate as a pure function of the step: resuming needs no state for it."""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup_cosine(step: int, *, warmup: int, total: int) -> float:
+    """Factor on the base learning rate at `step` = 0 .. total - 1.
+
+    Rises linearly over the `warmup` first steps; then a cosine from 1 to 0 whose clock starts after
+    the warm-up and runs total - warmup steps (MAGVIT's released code).
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

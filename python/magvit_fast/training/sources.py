@@ -1,0 +1,47 @@
+"""From a recipe's [data] to batches on the way to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from magvit_fast.data.clips import Augmentation, ClipSource, SceneClips, VideoClips
+from magvit_fast.data.order import BatchOrder
+from magvit_fast.training.config import DataConfig
+
+
+def open_clips(config: DataConfig, seed: int) -> ClipSource:
+    """The data set that a recipe names. Raises FileFormatError when it has no usable video."""
+    if config.source == "scenes":
+        return SceneClips(config.scenes, frames=config.frames, size=config.size)
+    return VideoClips(
+        config.path,
+        frames=config.frames,
+        size=config.size,
+        augmentation=Augmentation(config.crop_scale, config.flip, config.strides),
+        labels=config.labels,
+        seed=seed,
+    )
+
+
+def batch_loader(source: Any, order: BatchOrder, start: int, stop: int, workers: int) -> Any:
+    """A torch DataLoader over batches start .. stop - 1 of the order."""
+    return DataLoader(
+        source,
+        batch_sampler=_Batches(order, start, stop),
+        num_workers=workers,
+    )
+
+
+class _Batches:
+    """The batch sampler that a DataLoader wants: iterable, with a length."""
+
+    def __init__(self, order: BatchOrder, start: int, stop: int) -> None:
+        self.order, self.start, self.stop = order, start, stop
+
+    def __iter__(self) -> Any:
+        return self.order.batches(self.start, self.stop)
+
+    def __len__(self) -> int:
+        return self.stop - self.start

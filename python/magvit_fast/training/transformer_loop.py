@@ -1,0 +1,186 @@
+"""Stage two: the masked transformer on token shards, with COMMIT's masking (MAGVIT, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magvit_fast.data.tokens import TokenHeader
+from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
+from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.tasks import (
+    ClipGeometry,
+    CommitBatch,
+    FrameTask,
+    Task,
+    commit_loss,
+    commit_mask,
+    get_task,
+)
+from magvit_fast.training.config import TaskConfig, TransformerTraining
+from magvit_fast.training.run import Run, TrainingResult, new_accelerator, step_seed
+from magvit_fast.training.tokenization import open_or_write_tokens
+
+
+def train_transformer(config: TransformerTraining, *, progress: bool = True) -> TrainingResult:
+    """Train (or go on training) a masked transformer; the result is `config.run.output`/transformer.
+
+    The token shards of `config.tokens.path` are written first if there are none.
+    """
+    accelerator = new_accelerator(config.run)
+    tokenizer = MagvitV2Tokenizer.from_pretrained(config.tokenizer)
+    task = task_of(config.task)
+    tokens = open_or_write_tokens(accelerator, config, tokenizer, task, progress=progress)
+    del tokenizer
+    torch.manual_seed(config.run.seed)
+    trainer = TransformerTrainer(accelerator, config, task, tokens.header, len(tokens.class_names))
+    run = Run(accelerator, config)
+    result = run.train(
+        tokens,
+        run.order(tokens),
+        modules=trainer.modules,
+        optimizer=trainer.optimizer,
+        forward_backward=trainer.forward_backward,
+        finish_step=trainer.finish_step,
+        progress=progress,
+    )
+    result.output = Path(config.run.output) / "transformer"
+    trainer.save(result.output)
+    return result
+
+
+def task_of(config: TaskConfig) -> Task:
+    """The recipe's task, with its number of given frames."""
+    task = get_task(config.name)
+    if config.given_frames:
+        if not isinstance(task, FrameTask):
+            raise ValueError(f"task.given_frames: task {task.name} is not given whole frames")
+        task = dataclasses.replace(task, first=config.given_frames)
+    return task
+
+
+class TransformerTrainer:
+    """The network of stage two and what one step does to it."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        config: TransformerTraining,
+        task: Task,
+        header: TokenHeader,
+        num_classes: int = 0,
+    ) -> None:
+        self.accelerator, self.config, self.task = accelerator, config, task
+        shape = config.model
+        if (shape.grid, shape.num_bits) != (header.grid, header.num_bits):
+            raise ValueError(
+                f"model: expected grid {header.grid} and {header.num_bits} bits, those of the "
+                f"tokens in {config.tokens.path}, got grid {shape.grid} and {shape.num_bits} bits"
+            )
+        if task.class_conditional and shape.num_classes != num_classes:
+            raise ValueError(
+                f"model.num_classes: expected {num_classes}, the labels in {config.tokens.path}, "
+                f"got {shape.num_classes}"
+            )
+        model = MaskedTransformer(shape)
+        self.prompt_id = model.prompt_id(task.name, task.prompt)
+        self.geometry = ClipGeometry(*header.video, header.grid, causal=True)
+        optimizer = torch.optim.AdamW(
+            weight_decay_groups(model, config.optimizer.weight_decay),
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.modules = nn.ModuleDict({"transformer": self.model})
+
+    def forward_backward(self, batch: dict[str, Any], step: int, part: int) -> dict[str, Tensor]:
+        """Loss of one part of a batch; its gradients are added to the network's."""
+        ids = batch["ids"].flatten(1)
+        masked, class_id = self._corrupt(batch, ids, step, part)
+        torch.manual_seed(  # dropout's random numbers, so that resuming needs no stored state
+            step_seed(self.config.run.seed, step, part, self.accelerator.process_index + 1)
+        )
+        with self.accelerator.accumulate(self.model):
+            logits = self.model(
+                masked.tokens, masked.mask, class_id=class_id, prompt_id=self.prompt_id
+            )
+            result = commit_loss(logits, masked, label_smoothing=self.config.task.label_smoothing)
+            self.accelerator.backward(result.loss)
+        # Shares of all positions, so that means over processes are those of the whole batch.
+        shares, right = result.fractions, result.accuracies
+        return {
+            "loss": result.loss,
+            "accuracy": torch.stack([right[name] * shares[name] for name in shares]).sum(),
+            **{f"loss_{name}": nats * shares[name] for name, nats in result.parts.items()},
+            "share_masked": shares["mask"],
+        }
+
+    def finish_step(self) -> dict[str, Tensor]:
+        """Clip and step."""
+        values: dict[str, Tensor] = {}
+        if self.config.optimizer.clip_norm > 0:
+            norm = self.accelerator.clip_grad_norm_(
+                self.model.parameters(), self.config.optimizer.clip_norm
+            )
+            gather = getattr(norm, "full_tensor", None)  # FSDP2 keeps shards
+            values["gradient_norm"] = gather() if gather else norm
+        self.optimizer.step()
+        return values
+
+    def save(self, folder: Path) -> None:
+        """Write the model as config.json + model.safetensors. Called by every process."""
+        state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            model = MaskedTransformer(self.config.model)
+            model.load_state_dict(state)
+            model.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _corrupt(
+        self, batch: dict[str, Any], ids: Tensor, step: int, part: int
+    ) -> tuple[CommitBatch, Tensor | None]:
+        """COMMIT's masking, and the class labels with some dropped.
+
+        Random numbers are drawn for the batch of all processes and then cut, so that the number of
+        processes does not matter.
+        """
+        options, (count, length) = self.config.task, ids.shape
+        rank, whole = self.accelerator.process_index, count * self.accelerator.num_processes
+        generator = torch.Generator().manual_seed(step_seed(self.config.run.seed, step, part))
+        u = torch.rand(whole if options.ratio_per_sample else 1, generator=generator)
+        scores = torch.rand(whole, length, generator=generator)
+        dropped = torch.rand(whole, generator=generator) < options.class_drop
+        mine = slice(rank * count, (rank + 1) * count)
+        condition = mask = None
+        if self.task.has_condition:
+            condition = batch.get("condition_ids", batch["ids"]).flatten(1)
+            mask = self.task.token_mask(self.geometry).flatten().to(ids.device)
+        masked = commit_mask(
+            ids,
+            condition,
+            mask,
+            u=(u[mine] if options.ratio_per_sample else u).to(ids.device),
+            scores=scores[mine].to(ids.device),
+        )
+        class_id = None
+        if self.task.class_conditional:
+            unconditional = self.config.model.num_classes
+            class_id = batch["class_ids"].masked_fill(dropped[mine].to(ids.device), unconditional)
+        return masked, class_id
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: decay for matrices of linear layers, not for biases, norms, embeddings."""
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    parameters = list(model.parameters())
+    return [
+        {
+            "params": [p for p in parameters if id(p) in kernels],
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for p in parameters if id(p) not in kernels], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,116 @@
+"""Recipes: all of the repository's load, and every mistake is named with its file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from magvit_fast.errors import FileFormatError
+from magvit_fast.models.magvit_v2 import MagvitV2Config
+from magvit_fast.training.config import TokenizerTraining, TransformerTraining, load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RUN = '[run]\noutput = "out"\nsteps = 10\nbatch_size = 4\n'
+DATA = '[data]\nsource = "scenes"\n'
+
+
+def read(tmp_path, text, kind=TokenizerTraining):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return load_recipe(path, kind)
+
+
+def kind_of(path: Path) -> type:
+    return TransformerTraining if "\ntokenizer = " in path.read_text() else TokenizerTraining
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.name)
+def test_recipes_of_the_repository_load(path):
+    recipe = load_recipe(path, kind_of(path))
+    assert recipe.run.steps > 0
+
+
+def test_published_values():
+    recipe = load_recipe(RECIPES / "magvit-v2-base-tokenizer.toml", TokenizerTraining)
+    assert recipe.model == MagvitV2Config()
+    assert (recipe.loss.reconstruction, recipe.loss.adversarial, recipe.loss.r1) == (5.0, 0.1, 10.0)
+    assert (recipe.loss.lecam, recipe.loss.perceptual) == (0.001, 0.1)
+    assert (recipe.model.commitment_weight, recipe.model.entropy_weight) == (0.25, 0.1)
+    assert (recipe.optimizer.betas, recipe.optimizer.learning_rate) == ((0.0, 0.99), 1e-4)
+    assert (recipe.run.batch_size, recipe.ema_decay) == (256, 0.999)
+    recipe = load_recipe(RECIPES / "magvit-v2-l-frame-prediction.toml", TransformerTraining)
+    assert (recipe.model.hidden_size, recipe.model.num_layers, recipe.model.num_tokens) == (
+        1024,
+        24,
+        1280,
+    )
+    assert recipe.optimizer.betas == (0.9, 0.96)
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.clip_norm) == (0.045, 1.0)
+    assert recipe.task.label_smoothing == 1e-4
+
+
+def test_tables_keep_the_defaults_of_their_stage(tmp_path):
+    text = f'tokenizer = "t"\n{RUN}{DATA}[tokens]\npath = "p"\n[optimizer]\nlearning_rate = 1\n'
+    recipe = read(tmp_path, text, TransformerTraining)
+    assert recipe.optimizer.learning_rate == 1.0
+    assert recipe.optimizer.betas == (0.9, 0.96)
+    assert recipe.optimizer.weight_decay == 0.045
+
+
+def test_presets_can_be_changed(tmp_path):
+    text = f'{RUN}{DATA}[model]\npreset = "magvit-v2-small"\nnum_bits = 14\n'
+    model = read(tmp_path, text).model
+    assert (model.filters, model.num_res_blocks, model.num_bits) == (64, 2, 14)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RUN + DATA + "[model]\nfilter = 3\n", r"unknown key 'model\.filter'"),
+        (RUN + DATA + "[mode]\n", r"unknown key 'mode'; known are data"),
+        (RUN + DATA + "[model]\nfilters = '3'\n", r"'model\.filters': expected int, got '3'"),
+        (RUN + DATA + "[model]\nfilters = 3.0\n", r"'model\.filters': expected int"),
+        (RUN + DATA + "[model]\nfilters = true\n", r"'model\.filters': expected int"),
+        (
+            RUN + DATA + "[model]\nchannel_multipliers = 3\n",
+            r"'model\.channel_multipliers': expected a list of int",
+        ),
+        (
+            RUN + DATA + "[model]\nchannel_multipliers = [1, 'a']\n",
+            r"'model\.channel_multipliers\[1\]': expected int",
+        ),
+        (RUN + DATA + "[optimizer]\nbetas = [1]\n", r"'optimizer\.betas': expected a list of 2 x"),
+        (RUN + DATA + "[model]\npreset = 'huge'\n", r"'model\.preset': .*no preset 'huge'"),
+        (RUN + DATA + "[model]\nnum_res_blocks = 0\n", r"'model\.num_res_blocks: expected"),
+        (RUN + "[data]\nsource = 'disk'\n", r"'data\.source': expected one of 'videos', 'scenes'"),
+        (RUN + "[data]\nframes = 5\n", r"'data\.path: expected a folder"),
+        (RUN + DATA + "frames = 6\n", r"data\.frames: expected 1 \+ 4k"),
+        (RUN + DATA + "size = 20\n", r"data\.size: expected a multiple of 8"),
+        (DATA + "[run]\noutput = 'o'\nsteps = 1\n", r"'run\.batch_size' is missing"),
+        (DATA, "'run' is missing"),
+        ("run = 3\n" + DATA, "'run': expected a table, got 3"),
+        (RUN + DATA + "[loss]\nr1 = -1\n", r"'loss\.r1: expected"),
+        ("[run\n", "is no valid TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(FileFormatError, match=message) as caught:
+        read(tmp_path, text)
+    assert str(tmp_path / "recipe.toml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        load_recipe(tmp_path / "absent.toml", TokenizerTraining)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_launch_configurations_load(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_processes >= 2

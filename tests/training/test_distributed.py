@@ -1,0 +1,127 @@
+"""Two processes (gloo, CPU) against one with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.tiny import save_tokenizer
+from tests.training.worker import work, work_in_fork
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Forked processes must find no pool of threads that they do not have; sums keep one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fork(job: str, folder: Path) -> None:
+    """The worker in two processes forked from this one (which saves importing torch again)."""
+    from accelerate import debug_launcher
+
+    folder.mkdir(parents=True, exist_ok=True)
+    debug_launcher(work_in_fork, (job, str(folder)), num_processes=2)
+
+
+def alone(job: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    work(job, str(folder))
+
+
+def launch(launcher: tuple[str, ...], job: str, folder: Path) -> None:
+    """The worker as a user starts it."""
+    done = subprocess.run(
+        [sys.executable, *launcher, str(WORKER), job, str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def history(folder: Path, processes: int) -> list[dict[str, float]]:
+    facts: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    assert facts["processes"] == processes
+    return facts["history"]
+
+
+def assert_agree(one: list[dict[str, float]], two: list[dict[str, float]], rtol: float) -> None:
+    """The first step sharply. Then Adam, which at first moves weights by the sign of their gradients,
+    lets rounding grow."""
+    assert [h["step"] for h in one] == [h["step"] for h in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        allowed = 1e-5 if a["step"] == 1 else rtol
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=allowed, abs=1e-5), (a["step"], name)
+
+
+def test_gradients_of_both_networks_equal_those_of_one_process(tmp_path):
+    """GAN, R1 (second derivatives), LeCam's and the codebook's global means: all under DDP."""
+    alone("gradients", tmp_path / "one")
+    fork("gradients", tmp_path / "two")
+    one, two = (load_file(tmp_path / n / "gradients.safetensors") for n in ("one", "two"))
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+    assert one.keys() == two.keys()
+    assert one["value/discriminator_lecam"] > 1.0
+    for name, expected in one.items():
+        # A bias before a norm has gradient zero but for rounding: an absolute bound for those.
+        bound = max(1e-4 * float(expected.abs().max()), 1e-6)
+        torch.testing.assert_close(two[name], expected, rtol=0, atol=bound, msg=name)
+
+
+def test_tokenizer_training_agrees_and_goes_on_in_one_process(tmp_path):
+    alone("tokenizer", tmp_path / "one")
+    fork("tokenizer", tmp_path / "two")
+    two = history(tmp_path / "two", 2)
+    assert_agree(history(tmp_path / "one", 1), two, rtol=2e-2)
+    half = tmp_path / "half/checkpoints/step-00000002"
+    shutil.copytree(tmp_path / "two/checkpoints/step-00000002", half)
+    alone("tokenizer", tmp_path / "half")
+    resumed = history(tmp_path / "half", 1)
+    assert [h["step"] for h in resumed] == [3, 4]
+    assert resumed[0]["loss"] == pytest.approx(two[2]["loss"], rel=1e-5)
+
+
+def assert_transformers_agree(tmp_path):
+    assert_agree(history(tmp_path / "one", 1), history(tmp_path / "two", 2), rtol=1e-3)
+    shards = [sorted((tmp_path / n / "tokens").glob("*.safetensors")) for n in ("one", "two")]
+    ids = [torch.cat([load_file(p)["ids"] for p in files]) for files in shards]
+    assert torch.equal(*ids)
+
+
+def test_transformer_training_and_its_token_shards_agree(tmp_path):
+    for name in ("one", "two"):
+        save_tokenizer(tmp_path / name / "tokenizer")
+    alone("transformer", tmp_path / "one")
+    fork("transformer", tmp_path / "two")
+    assert_transformers_agree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_launchers(tmp_path, launcher):
+    for name in ("one", "two"):
+        save_tokenizer(tmp_path / name / "tokenizer")
+    alone("transformer", tmp_path / "one")
+    launch(launcher, "transformer", tmp_path / "two")
+    assert_transformers_agree(tmp_path)

@@ -1,0 +1,62 @@
+"""The recipes for trying things out, as a user runs them: H.264 files to a masked transformer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.tiny import write_scene
+
+from magvit_fast.data.tokens import TokenClips
+from magvit_fast.data.video import read_video
+from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
+from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.training import (
+    TokenizerTraining,
+    TransformerTraining,
+    load_recipe,
+    train_tokenizer,
+    train_transformer,
+)
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.fixture
+def videos(tmp_path, monkeypatch):
+    """Four short H.264 files and a bad one in ./videos."""
+    for seed, frames in enumerate((17, 20, 9, 12)):
+        write_scene(tmp_path / f"videos/{seed}.mp4", seed, frames, size=48)
+    (tmp_path / "videos/bad.mp4").write_bytes(b"not a video")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_videos_to_tokenizer_to_shards_to_transformer(videos, caplog):
+    with caplog.at_level(logging.WARNING, "magvit_fast"):
+        recipe = load_recipe(RECIPES / "tiny-tokenizer.toml", TokenizerTraining)
+        first = train_tokenizer(recipe, progress=False)
+        second = train_transformer(
+            load_recipe(RECIPES / "tiny-transformer.toml", TransformerTraining), progress=False
+        )
+    assert sum("bad.mp4" in r.getMessage() for r in caplog.records) == 2  # once a stage
+    assert [h["step"] for h in first.history] == [1, 2, 3]
+    assert all(h["discriminator_r1"] >= 0 and h["adversarial"] > 0 for h in first.history)
+    assert [h["step"] for h in second.history] == [1, 2, 3]
+    tokenizer = MagvitV2Tokenizer.from_pretrained(first.output)
+    transformer = MaskedTransformer.from_pretrained(second.output)
+    tokens = TokenClips(videos / "runs/tiny-tokens")
+    assert tokens.num_clips == 2 * 4  # passes x videos long enough
+    with torch.inference_mode():
+        clip = read_video("videos/0.mp4", frames=9, size=32)[None]
+        ids = tokenizer.encode(clip)
+        assert ids.shape[1:] == tokens.header.grid
+        assert tokenizer.decode(ids).shape == clip.shape
+        logits = transformer(ids.flatten(1), torch.ones_like(ids.flatten(1), dtype=torch.bool))
+    assert torch.isfinite(logits).all()
+    assert sorted(p.name for p in (videos / "runs/tiny-tokenizer/checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000003",
+    ]

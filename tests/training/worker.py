@@ -1,0 +1,82 @@
+"""What each process of test_distributed.py runs: `python worker.py JOB FOLDER`, or `work` by fork."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.training.tiny import tokenizer_recipe, transformer_recipe
+
+from magvit_fast.training.config import OptimizerConfig
+from magvit_fast.training.run import new_accelerator
+from magvit_fast.training.tokenizer_loop import TokenizerTrainer, train_tokenizer
+from magvit_fast.training.transformer_loop import train_transformer
+
+
+def gradients(folder: Path) -> None:
+    """Gradients of both networks after one batch of four clips, and that batch's scalars."""
+    recipe = tokenizer_recipe(folder)
+    recipe = dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, lecam=10.0))
+    torch.manual_seed(0)
+    accelerator = new_accelerator(recipe.run)
+    trainer = TokenizerTrainer(accelerator, recipe)
+    trainer.lecam.ema_real.fill_(0.5)  # far enough for both halves of LeCam to act
+    trainer.lecam.ema_fake.fill_(-0.5)
+    video = torch.rand(4, 3, 5, 16, 16)
+    mine = video.chunk(accelerator.num_processes)[accelerator.process_index]
+    values = trainer.forward_backward({"video": mine}, step=0, part=0)
+    means = {k: accelerator.reduce(v.detach(), "mean") for k, v in values.items()}
+    if accelerator.is_main_process:
+        parameters = trainer.networks.named_parameters()
+        tensors = {name.replace("module.", ""): p.grad for name, p in parameters}
+        tensors.update({f"value/{k}": v for k, v in means.items()})
+        tensors["processes"] = torch.tensor(accelerator.num_processes)
+        save_file(tensors, folder / "gradients.safetensors")
+
+
+def tokenizer(folder: Path) -> None:
+    recipe = tokenizer_recipe(
+        folder, steps=4, optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1)
+    )
+    write(folder, train_tokenizer(recipe, progress=False).history)
+
+
+def transformer(folder: Path) -> None:
+    """The tokenizer is in folder/tokenizer already."""
+    recipe = transformer_recipe(folder, folder / "tokenizer", steps=4)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout=0.0))
+    write(folder, train_transformer(recipe, progress=False).history)
+
+
+def write(folder: Path, history: list[dict[str, float]]) -> None:
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.is_main_process:
+        facts = {"history": history, "processes": state.num_processes}
+        (folder / "result.json").write_text(json.dumps(facts))
+
+
+def work(job: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    {"gradients": gradients, "tokenizer": tokenizer, "transformer": transformer}[job](Path(folder))
+
+
+def work_in_fork(job: str, folder: str) -> None:
+    """`work` in a forked process, which must forget that its parent was alone."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    work(job, folder)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2])
