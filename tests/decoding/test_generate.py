@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import magvit_fast as mf
+from magvit_fast.decoding import clip_geometry
 from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models import (
     MagvitV2Config,
@@ -48,6 +49,20 @@ def make_transformer(**changes: Any) -> MaskedTransformer:
 
 def clip(frames: int = 17, batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, 3, frames, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+
+
+def test_presets_fit_each_other() -> None:
+    with torch.device("meta"):
+        for tokens, network, size in (
+            ("magvit-v2-demo", "magvit-v2-demo", (17, 64, 64)),
+            ("magvit-v2-base", "magvit-v2-l", (17, 128, 128)),
+            ("magvit-v2-small", "magvit-v2-l", (17, 128, 128)),
+        ):
+            geometry = clip_geometry(
+                MagvitV2Tokenizer.from_preset(tokens), MaskedTransformer.from_preset(network)
+            )
+            assert geometry.size == size
+            assert geometry.causal
 
 
 def test_frame_prediction(tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer) -> None:
@@ -150,7 +165,11 @@ def test_injected_noise(tokenizer: MagvitV2Tokenizer, transformer: MaskedTransfo
         ({"task": "predict"}, ValueError, "task: expected one of frame_prediction, .*'predict'"),
         ({"video": None}, ValueError, r"frame_prediction needs one of at least 5 frames of 16x16"),
         ({"video": clip(4)}, ValueError, "needs at least 5 frames, got 4"),
-        ({"video": clip()[..., :8]}, ValueError, "expected 16x16 pixels, got 16x8"),
+        (
+            {"video": clip()[..., :8]},
+            ValueError,
+            r"expected 16x16 pixels \(the transformer's 4x4 tokens .*\), got 16x8",
+        ),
         ({"video": clip()[0]}, ValueError, r"video: expected \[B, C, T, H, W\]"),
         ({"video": clip() * 255}, ValueError, r"video: expected values in \[0, 1\]"),
         ({"video": clip() * float("nan")}, ValueError, r"video: expected values in \[0, 1\]"),
@@ -207,7 +226,9 @@ def test_models_that_do_not_fit(tokenizer: MagvitV2Tokenizer) -> None:
             tokenizer, make_transformer(subtoken_size=16), task="frame_prediction", video=clip()
         )
     # another grid is another size of video
-    with pytest.raises(ValueError, match="expected 8x16 pixels, got 16x16"):
+    with pytest.raises(
+        ValueError, match=r"expected 8x16 pixels \(the transformer's 2x4 tokens .* got 16x16"
+    ):
         mf.generate(
             tokenizer, make_transformer(grid=(5, 2, 4)), task="frame_prediction", video=clip()
         )

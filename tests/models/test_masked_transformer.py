@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_parameter_counts_of_the_published_models() -> None:
     assert round(count(base) / 1e6, 1) == 87.3
     huge = dataclasses.replace(video, **one_head, hidden_size=1280, num_layers=32, mlp_size=5120)
     assert round(count(huge) / 1e6) == 634
+
+
+def test_a_stored_model_comes_back(tmp_path: Path) -> None:
+    model = MaskedTransformer(dataclasses.replace(TINY, prompts=("frame_prediction",))).eval()
+    model.save_pretrained(tmp_path / "model")
+    other = MaskedTransformer.from_pretrained(tmp_path / "model")
+    assert other.config == model.config
+    tokens, mask = tiny_batch()
+    assert torch.equal(model(tokens, mask, prompt_id=0), other(tokens, mask, prompt_id=0))
 
 
 def test_heads_are_tied_to_their_sub_tables() -> None:

@@ -206,6 +206,13 @@ def _checked_video(task: Task, geometry: ClipGeometry, video: Tensor | None) -> 
     if not isinstance(video, Tensor) or not video.is_floating_point():
         kind = video.dtype if isinstance(video, Tensor) else type(video).__name__
         raise TypeError(f"video: expected a floating-point Tensor, got {kind}")
+    size = (geometry.height, geometry.width)
+    if video.dim() == 5 and tuple(video.shape[3:]) != size:
+        raise ValueError(
+            f"video: expected {size[0]}x{size[1]} pixels (the transformer's {geometry.grid[1]}x"
+            f"{geometry.grid[2]} tokens through this tokenizer), got "
+            f"{video.shape[3]}x{video.shape[4]}"
+        )
     task.check_video(video, geometry)
     if video.numel():
         low, high = (float(v) for v in video.detach().aminmax())
