@@ -37,7 +37,7 @@ class Command(Protocol):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
 
-    def run(self, args: argparse.Namespace) -> Outcome: ...
+    def run(self, args: argparse.Namespace) -> Outcome | None: ...
 
 
 COMMANDS: dict[str, Command] = {
@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _TerminationRaises():
             outcome = COMMANDS[args.command].run(args)
-        _show(outcome, as_json=args.json)
+        if outcome is not None:
+            _show(outcome, as_json=args.json)
     except KeyboardInterrupt:
         return _complain("interrupted; no unfinished file was left behind", status=130)
     except BrokenPipeError:  # `magvit-fast ... | head`: the reader has seen enough

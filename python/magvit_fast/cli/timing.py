@@ -12,6 +12,8 @@ from torch import Tensor
 from magvit_fast import _native
 from magvit_fast.models import MagvitV2Tokenizer
 
+_PATIENCE = 60.0  # seconds
+
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
     """Wall time of one call, the device's work included."""
@@ -27,11 +29,17 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 def median_seconds(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Medians after one warm-up call each; the candidates take turns, so that noise hits all."""
+    """Medians after one warm-up call each; the candidates take turns, so that noise hits all.
+
+    On a slow machine fewer rounds are made: none starts later than a minute after the first.
+    """
     for function in candidates.values():
         seconds(function, device)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
+    begin = time.perf_counter()
+    for turn in range(repeats):
+        if turn and time.perf_counter() - begin > _PATIENCE:
+            break
         for name, function in candidates.items():
             samples[name].append(seconds(function, device))
     return {name: median(values) for name, values in samples.items()}

@@ -1,4 +1,7 @@
-"""`magvit-fast train tokenizer|transformer CONFIG`: the two training stages, from a TOML recipe."""
+"""`magvit-fast train tokenizer|transformer CONFIG`: the two training stages, from a TOML recipe.
+
+Several processes: `accelerate launch -m magvit_fast.cli.main train tokenizer CONFIG`.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML recipe")
 
 
-def run(args: argparse.Namespace) -> Outcome:
-    from magvit_fast.training.config import TokenizerTraining, TransformerTraining, load_recipe
-    from magvit_fast.training.tokenizer_loop import train_tokenizer
-    from magvit_fast.training.transformer_loop import train_transformer
+def run(args: argparse.Namespace) -> Outcome | None:
+    from magvit_fast import training  # it loads torch.distributed: half as long as torch itself
 
     _choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     with _native.default_impl(args.impl):
         if args.stage == "tokenizer":
-            result = train_tokenizer(load_recipe(args.config, TokenizerTraining))
+            result = training.train_tokenizer(
+                training.load_recipe(args.config, training.TokenizerTraining)
+            )
         else:
-            result = train_transformer(load_recipe(args.config, TransformerTraining))
+            result = training.train_transformer(
+                training.load_recipe(args.config, training.TransformerTraining)
+            )
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one speaks
+        return None
     last = result.history[-1] if result.history else {}
     facts: dict[str, Any] = {
         "stage": args.stage,

@@ -367,8 +367,13 @@ def _add_h264_stream(container: Any, shape: tuple[int, ...], fps: float, crf: fl
 
 
 def _encodable(image: NDArray[np.uint8]) -> Any:
-    frame = _av().VideoFrame.from_ndarray(image, format="rgb24")
-    return frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
+    av = _av()
+    frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+    return frame.reformat(
+        format="yuv420p",
+        dst_colorspace=av.video.reformatter.Colorspace.ITU601,
+        dst_color_range=av.video.reformatter.ColorRange.MPEG,
+    )
 
 
 def _to_uint8(frame: Tensor) -> NDArray[np.uint8]:
