@@ -1,155 +1,190 @@
-// causal_conv3d on the CPU: the plain loops of the definition, one thread a share of the results.
-// Previous hop: bindings.cpp.
-// Next hop: none.
+// causal_conv3d on the CPU: the forward pass and the input gradient, both as work for the gather
+// engine. Previous hop: bindings.cpp. Next hop: gather.simd.cpp; cpu_tables.cpp and cpu_pack.cpp
+// prepare for it; cpu_weight_grad.cpp.
+#include <cstring>
+
 #include "causal_conv3d/causal_conv3d.h"
-#include "common/half.h"
+#include "causal_conv3d/cpu_pack.h"
+#include "causal_conv3d/cpu_tables.h"
+#include "causal_conv3d/gather.h"
+#include "causal_conv3d/workspace.h"
+#include "common/check.h"
 #include "common/parallel.h"
 
 namespace magvit_fast::cpu {
 namespace {
 
-template <class Run>
-void by_dtype(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::f32:
-      return run(float{});
-    case DType::bf16:
-      return run(bf16_t{});
-    case DType::f16:
-      return run(f16_t{});
-  }
+struct Tensors {  // by their part in the gathering; null while measuring
+  const void* early_source;
+  const void* late_source;
+  const void* weight;
+  const void* bias;
+  void* early_target;
+  void* late_target;
+};
+
+SplitTensor source_side(const Conv3dShape& s, const void* history, const void* x) {
+  return {const_cast<void*>(history),
+          const_cast<void*>(x),
+          s.history_frames,
+          s.frames,
+          s.h.source,
+          s.w.source,
+          s.in_channels};
 }
 
-// Row (n, t, h) of the source axis: in history or in x.
-template <class T>
-T* source_row(const Conv3dShape& s, T* history, T* x, index_t n, index_t t, index_t h) {
-  const index_t row = s.w.source * s.in_channels, frame = s.h.source * row;
-  if (t < s.history_frames) return history + (n * s.history_frames + t) * frame + h * row;
-  return x + (n * s.frames + t - s.history_frames) * frame + h * row;
+SplitTensor output_side(const Conv3dShape& s, const void* y) {
+  return {nullptr, const_cast<void*>(y), 0, s.t.out, s.h.out, s.w.out, s.out_channels};
+}
+
+index_t elements(const SplitTensor& t, index_t batch, bool early) {
+  return batch * (early ? t.early_frames : t.late_frames) * t.height * t.width * t.channels;
+}
+
+// Everything the engine needs, in the workspace; with an empty workspace only its size.
+struct Plan {
+  GatherParams params{};
+  WeightView weight{};
+  bool pairs = false;  // bfloat16 products in hardware, two channels at a time
+  float* wide_early = nullptr;
+  float* wide_late = nullptr;
+  void* zeros = nullptr;
+  void* packed = nullptr;
+};
+
+Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors, int isa,
+               Workspace& workspace) {
+  Plan plan;
+  const bool forward = direction == Direction::forward;
+  const index_t in_group = s.in_channels / s.groups, out_group = s.out_channels / s.groups;
+  const index_t taps = s.t.kernel * s.h.kernel * s.w.kernel;
+  GatherParams& p = plan.params;
+  p.groups = s.groups;
+  p.reduce = forward ? in_group : out_group;
+  p.produce = forward ? out_group : in_group;
+  p.kernel_t = s.t.kernel, p.kernel_h = s.h.kernel, p.kernel_w = s.w.kernel;
+  p.source = forward ? source_side(s, tensors.early_source, tensors.late_source)
+                     : output_side(s, tensors.late_source);
+  p.target = forward ? output_side(s, tensors.late_target)
+                     : source_side(s, tensors.early_target, tensors.late_target);
+  p.bias = tensors.bias;
+  p.target_type = s.dtype;
+  check(p.source.width * p.source.channels < (index_t{1} << 31),
+        "causal_conv3d: a row of x or of the result has more than 2^31 elements");
+
+  plan.pairs = s.dtype == DType::bf16 && multiplies_bf16(isa);
+  p.source_type = plan.pairs ? DType::bf16 : DType::f32;
+  plan.weight = {tensors.weight,
+                 s.dtype,
+                 s.groups,
+                 p.reduce,
+                 p.produce,
+                 taps,
+                 out_group * in_group * taps,
+                 forward ? taps : in_group * taps,
+                 forward ? in_group * taps : taps};
+  const index_t packed = packed_size(plan.weight, gather_lanes(isa), plan.pairs);
+  plan.packed = workspace.take<char>(packed * (plan.pairs ? 2 : 4));
+  plan.zeros = workspace.take<float>(p.source.channels);
+  if (!plan.pairs && s.dtype != DType::f32) {
+    plan.wide_early = workspace.take<float>(elements(p.source, s.batch, true));
+    plan.wide_late = workspace.take<float>(elements(p.source, s.batch, false));
+  }
+  p.packed = plan.packed;
+  p.zeros = plan.zeros;
+  p.t = gather_axis(s.t, direction, workspace);
+  p.h = gather_axis(s.h, direction, workspace);
+  p.w = gather_width(s.w, direction, p.source.channels, workspace);
+  return plan;
+}
+
+void prepare(Plan& plan, const Conv3dShape& s, const ExecContext& ctx) {
+  GatherParams& p = plan.params;
+  pack_weights(plan.weight, plan.packed, gather_columns(ctx.isa), gather_lanes(ctx.isa), plan.pairs,
+               ctx.num_threads);
+  std::memset(plan.zeros, 0, sizeof(float) * static_cast<std::size_t>(p.source.channels));
+  if (!plan.wide_late) return;
+  const index_t early = elements(p.source, s.batch, true);
+  if (early) widen(p.source.early, s.dtype, plan.wide_early, early, ctx.num_threads);
+  widen(p.source.late, s.dtype, plan.wide_late, elements(p.source, s.batch, false),
+        ctx.num_threads);
+  p.source.early = plan.wide_early;
+  p.source.late = plan.wide_late;
+}
+
+// Blocks of at most kBlockPixels pixels: some rows of a narrow frame, or a part of one wide row.
+struct Blocks {
+  index_t rows, row_blocks, tiles, tile_blocks;
+
+  explicit Blocks(const GatherParams& p) {
+    const index_t width = p.w.width, height = p.target.height;
+    rows = width < kBlockPixels ? kBlockPixels / width : 1;
+    if (rows > height) rows = height;
+    row_blocks = ceil_div(height, rows);
+    rows = ceil_div(height, row_blocks);  // of nearly equal size
+    tiles = width <= kBlockPixels ? p.w.tiles : kBlockPixels / kTilePixels;
+    tile_blocks = ceil_div(p.w.tiles, tiles);
+  }
+};
+
+void run(const Conv3dShape& s, Direction direction, const Tensors& tensors, void* memory,
+         const ExecContext& ctx) {
+  Workspace workspace(memory);
+  Plan plan = make_plan(s, direction, tensors, ctx.isa, workspace);
+  prepare(plan, s, ctx);
+  const GatherParams& p = plan.params;
+  const Blocks blocks(p);
+  const index_t frames = p.target.early_frames + p.target.late_frames;
+  const index_t columns = ceil_div(p.produce, gather_columns(ctx.isa));
+  const index_t places = s.batch * frames * blocks.row_blocks * blocks.tile_blocks;
+  const auto kernel = MF_PICK_SIMD(conv3d_gather, ctx.isa);
+  // Columns of weights outermost: a block of weights is used by all pixels before the next one.
+  parallel_items(p.groups * columns * places, ctx.num_threads, [&](index_t i, int) {
+    GatherItem item;
+    const auto next = [&i](index_t count) {
+      const index_t value = i % count;
+      i /= count;
+      return value;
+    };
+    const index_t tile_block = next(blocks.tile_blocks), row_block = next(blocks.row_blocks);
+    item.t = next(frames);
+    item.n = next(s.batch);
+    item.block = next(columns);
+    item.group = i;
+    item.row_begin = row_block * blocks.rows;
+    item.row_end = item.row_begin + blocks.rows;
+    if (item.row_end > p.target.height) item.row_end = p.target.height;
+    item.tile_begin = tile_block * blocks.tiles;
+    item.tile_end = item.tile_begin + blocks.tiles;
+    if (item.tile_end > p.w.tiles) item.tile_end = p.w.tiles;
+    kernel(p, item);
+  });
+}
+
+std::size_t measure(const Conv3dShape& s, Direction direction, int isa) {
+  Workspace workspace(nullptr);
+  make_plan(s, direction, {}, isa, workspace);
+  return workspace.bytes();
 }
 
 }  // namespace
 
-std::size_t causal_conv3d_forward_workspace(const Conv3dShape&, const ExecContext&) { return 0; }
-std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape&, const ExecContext&) { return 0; }
-std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape&, const ExecContext&) {
-  return 0;
+std::size_t causal_conv3d_forward_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
+  return measure(shape, Direction::forward, ctx.isa);
+}
+
+std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
+  return measure(shape, Direction::input_grad, ctx.isa);
 }
 
 void causal_conv3d_forward(const Conv3dForwardParams& p, const ExecContext& ctx) {
-  const Conv3dShape& s = p.shape;
-  const index_t in_group = s.in_channels / s.groups, out_group = s.out_channels / s.groups;
-  const index_t taps = s.t.kernel * s.h.kernel * s.w.kernel;
-  by_dtype(s.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const T* w = static_cast<const T*>(p.weight);
-    const T* bias = static_cast<const T*>(p.bias);
-    parallel_ranges(s.batch * s.t.out * s.h.out, ctx.num_threads, [&](index_t b, index_t e, int) {
-      for (index_t row = b; row < e; ++row) {
-        const index_t oh = row % s.h.out, ot = row / s.h.out % s.t.out, n = row / s.h.out / s.t.out;
-        for (index_t ow = 0; ow < s.w.out; ++ow)
-          for (index_t co = 0; co < s.out_channels; ++co) {
-            const index_t c0 = co / out_group * in_group;
-            float sum = bias ? to_float(bias[co]) : 0.0f;
-            for (index_t kt = 0; kt < s.t.kernel; ++kt)
-              for (index_t kh = 0; kh < s.h.kernel; ++kh)
-                for (index_t kw = 0; kw < s.w.kernel; ++kw) {
-                  const index_t it = source_index(s.t, ot, kt), ih = source_index(s.h, oh, kh);
-                  const index_t iw = source_index(s.w, ow, kw);
-                  if (it < 0 || ih < 0 || iw < 0) continue;
-                  const T* x = source_row(s, static_cast<const T*>(p.history),
-                                          static_cast<const T*>(p.x), n, it, ih) +
-                               iw * s.in_channels + c0;
-                  const T* tap =
-                      w + co * in_group * taps + (kt * s.h.kernel + kh) * s.w.kernel + kw;
-                  for (index_t ci = 0; ci < in_group; ++ci)
-                    sum += to_float(x[ci]) * to_float(tap[ci * taps]);
-                }
-            static_cast<T*>(p.y)[(row * s.w.out + ow) * s.out_channels + co] = from_float<T>(sum);
-          }
-      }
-    });
-  });
+  run(p.shape, Direction::forward, {p.history, p.x, p.weight, p.bias, nullptr, p.y}, p.workspace,
+      ctx);
 }
 
 void causal_conv3d_input_grad(const Conv3dInputGradParams& p, const ExecContext& ctx) {
-  const Conv3dShape& s = p.shape;
-  const index_t in_group = s.in_channels / s.groups, out_group = s.out_channels / s.groups;
-  const index_t taps = s.t.kernel * s.h.kernel * s.w.kernel;
-  by_dtype(s.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const T* w = static_cast<const T*>(p.weight);
-    const T* dy = static_cast<const T*>(p.dy);
-    const auto each_reader = [](const AxisMap& a, index_t source, const auto& body) {
-      for (index_t j = 0; j < copies(a, source); ++j)
-        for (index_t k = 0; k < a.kernel; ++k) {
-          const index_t o = output_at(a, copy_position(a, source, j), k);
-          if (o >= 0) body(o, k);
-        }
-    };
-    parallel_ranges(
-        s.batch * s.t.source * s.h.source, ctx.num_threads, [&](index_t b, index_t e, int) {
-          for (index_t row = b; row < e; ++row) {
-            const index_t ih = row % s.h.source, it = row / s.h.source % s.t.source;
-            const index_t n = row / s.h.source / s.t.source;
-            T* dx = source_row(s, static_cast<T*>(p.dhistory), static_cast<T*>(p.dx), n, it, ih);
-            for (index_t iw = 0; iw < s.w.source; ++iw)
-              for (index_t ci = 0; ci < s.in_channels; ++ci) {
-                const index_t group = ci / in_group;
-                float sum = 0.0f;
-                each_reader(s.t, it, [&](index_t ot, index_t kt) {
-                  each_reader(s.h, ih, [&](index_t oh, index_t kh) {
-                    each_reader(s.w, iw, [&](index_t ow, index_t kw) {
-                      const T* g = dy + (((n * s.t.out + ot) * s.h.out + oh) * s.w.out + ow) *
-                                            s.out_channels;
-                      for (index_t co = group * out_group; co < (group + 1) * out_group; ++co)
-                        sum +=
-                            to_float(g[co]) * to_float(w[(co * in_group + ci % in_group) * taps +
-                                                         (kt * s.h.kernel + kh) * s.w.kernel + kw]);
-                    });
-                  });
-                });
-                dx[iw * s.in_channels + ci] = from_float<T>(sum);
-              }
-          }
-        });
-  });
-}
-
-void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
-  const Conv3dShape& s = p.shape;
-  const index_t in_group = s.in_channels / s.groups, out_group = s.out_channels / s.groups;
-  const index_t taps = s.t.kernel * s.h.kernel * s.w.kernel;
-  by_dtype(s.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const T* dy = static_cast<const T*>(p.dy);
-    parallel_ranges(
-        s.out_channels * in_group * taps, ctx.num_threads, [&](index_t b, index_t e, int) {
-          for (index_t item = b; item < e; ++item) {
-            const index_t kw = item % s.w.kernel, kh = item / s.w.kernel % s.h.kernel;
-            const index_t kt = item / s.w.kernel / s.h.kernel % s.t.kernel;
-            const index_t co = item / taps / in_group;
-            const index_t ci = co / out_group * in_group + item / taps % in_group;
-            float sum = 0.0f;
-            for (index_t n = 0; n < s.batch; ++n)
-              for (index_t ot = 0; ot < s.t.out; ++ot)
-                for (index_t oh = 0; oh < s.h.out; ++oh) {
-                  const index_t it = source_index(s.t, ot, kt), ih = source_index(s.h, oh, kh);
-                  if (it < 0 || ih < 0) continue;
-                  const T* x = source_row(s, static_cast<const T*>(p.history),
-                                          static_cast<const T*>(p.x), n, it, ih);
-                  const T* g = dy + ((n * s.t.out + ot) * s.h.out + oh) * s.w.out * s.out_channels;
-                  for (index_t ow = 0; ow < s.w.out; ++ow) {
-                    const index_t iw = source_index(s.w, ow, kw);
-                    if (iw >= 0)
-                      sum += to_float(x[iw * s.in_channels + ci]) *
-                             to_float(g[ow * s.out_channels + co]);
-                  }
-                }
-            static_cast<T*>(p.dweight)[item] = from_float<T>(sum);
-          }
-        });
-  });
+  run(p.shape, Direction::input_grad, {nullptr, p.dy, p.weight, nullptr, p.dhistory, p.dx},
+      p.workspace, ctx);
 }
 
 }  // namespace magvit_fast::cpu

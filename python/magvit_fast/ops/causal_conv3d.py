@@ -458,8 +458,6 @@ def causal_conv3d(
     geometry = Geometry(list(steps), list(spread), groups, pads, time_mode, space_mode)
     _check_geometry(x, history, weight, geometry)
     obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
-    if impl == "auto" and x.device.type == "cpu":
-        impl = "reference"  # until the vector kernels are in: the plain loops are right but slow
     if _native.use_native("causal_conv3d", impl, obstacle):
         return _Forward.apply(x, history, weight, bias, geometry)  # type: ignore[no-any-return]
     return reference(x, history, weight, bias, geometry)

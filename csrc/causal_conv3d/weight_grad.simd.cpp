@@ -1,0 +1,311 @@
+// causal_conv3d, one source per instruction set: the weight gradient of a block of channels.
+// Previous hop: cpu_weight_grad.cpp.
+// Next hop: none.
+#include "causal_conv3d/weight_grad.h"
+
+#include "common/simd.h"
+
+namespace magvit_fast {
+namespace MF_ISA {
+namespace {
+
+// Register tiles are arrays; only fully unrolled loops let the compiler keep them in registers.
+#define MF_UNROLL _Pragma("GCC unroll 8")
+
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 2;
+#endif
+constexpr int kScalars = 6;  // register tile: 6 scalar channels x kVectors vectors
+
+// --- packing: pixels in the order in which the products read them
+// -----------------------------------
+
+// [pixels][stride] in float32; a null pixel is zero, and so are the channels up to `stride`.
+template <class T>
+void pack_pixels(const T* const* pixels, index_t count, index_t channels, index_t stride,
+                 float* to) {
+  for (index_t p = 0; p < count; ++p, to += stride) {
+    const T* from = pixels[p];
+    for (index_t c = 0; c < stride; c += kLanes) {
+      const index_t left = channels - c;
+      vf v = {};
+      if (from && left >= kLanes) v = load(from + c);
+      if (from && left > 0 && left < kLanes) v = load_some(from + c, static_cast<int>(left));
+      store(to + c, v);
+    }
+  }
+}
+
+struct Single {  // float32 products
+  typedef float Element;
+  static constexpr index_t kPixels = 1;  // of one packed element
+  template <class T>
+  static void pack(const T* const* pixels, index_t count, index_t channels, index_t stride,
+                   float* to) {
+    pack_pixels(pixels, count, channels, stride, to);
+  }
+  typedef vf Vector;
+  static Vector vector(const float* p) { return load(p); }
+  static Vector scalar(const float* p) { return splat(*p); }
+  static vf multiply_add(Vector a, Vector b, vf sum) { return sum + a * b; }
+};
+
+#if defined(MF_ISA_avx512_bf16)
+struct Pair {  // bfloat16 products, two pixels at a time: the packed element holds both
+  typedef std::uint32_t Element;
+  static constexpr index_t kPixels = 2;
+  static vu bits(const bf16_t* from, index_t left) {
+    if (!from || left <= 0) return vu{};
+    if (left >= kLanes) return __builtin_convertvector(load_as<vh>(from), vu);
+    bf16_t some[kLanes] = {};
+    std::memcpy(some, from, sizeof(bf16_t) * static_cast<std::size_t>(left));
+    return __builtin_convertvector(load_as<vh>(some), vu);
+  }
+  static void pack(const bf16_t* const* pixels, index_t count, index_t channels, index_t stride,
+                   std::uint32_t* to) {
+    for (index_t p = 0; p < count; p += 2, to += stride) {
+      const bf16_t* second = p + 1 < count ? pixels[p + 1] : nullptr;
+      for (index_t c = 0; c < stride; c += kLanes) {
+        const bf16_t* low = pixels[p] ? pixels[p] + c : nullptr;
+        const bf16_t* high = second ? second + c : nullptr;
+        store_as(to + c, bits(low, channels - c) | (bits(high, channels - c) << 16));
+      }
+    }
+  }
+  typedef __m512bh Vector;
+  static Vector vector(const std::uint32_t* p) { return load_as<__m512bh>(p); }
+  static Vector scalar(const std::uint32_t* p) {
+    return (__m512bh)_mm512_set1_epi32(static_cast<int>(*p));
+  }
+  static vf multiply_add(Vector a, Vector b, vf sum) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
+};
+#endif
+
+// --- products: sums[scalar][vector] += over pixels of scalar * vector
+// ---------------------------------
+
+template <class P>
+struct Operands {
+  const typename P::Element* scalars;  // [count][scalar_stride]
+  const typename P::Element* vectors;  // [count][NV * kLanes]
+  index_t count, scalar_stride;
+};
+
+template <class P, int MS, int NV>
+void add_tile(const Operands<P>& o, float* sums) {
+  constexpr int kColumns = NV * kLanes;
+  vf acc[MS][NV];
+  MF_UNROLL
+  for (int i = 0; i < MS; ++i) {
+    MF_UNROLL
+    for (int j = 0; j < NV; ++j) acc[i][j] = load(sums + i * kColumns + j * kLanes);
+  }
+  const typename P::Element* scalars = o.scalars;
+  const typename P::Element* vectors = o.vectors;
+  for (index_t p = 0; p < o.count; ++p, scalars += o.scalar_stride, vectors += kColumns) {
+    typename P::Vector column[NV];
+    MF_UNROLL
+    for (int j = 0; j < NV; ++j) column[j] = P::vector(vectors + j * kLanes);
+    MF_UNROLL
+    for (int i = 0; i < MS; ++i) {
+      const typename P::Vector scalar = P::scalar(scalars + i);
+      MF_UNROLL
+      for (int j = 0; j < NV; ++j) acc[i][j] = P::multiply_add(scalar, column[j], acc[i][j]);
+    }
+  }
+  MF_UNROLL
+  for (int i = 0; i < MS; ++i) {
+    MF_UNROLL
+    for (int j = 0; j < NV; ++j) store(sums + i * kColumns + j * kLanes, acc[i][j]);
+  }
+}
+
+template <class P, int NV>
+void add_products(Operands<P> o, index_t scalars, float* sums) {
+  const index_t tiles = ceil_div(scalars, index_t{kScalars});
+  for (index_t t = 0; t < tiles; ++t) {
+    const index_t first = scalars * t / tiles;
+    Operands<P> part = o;
+    part.scalars += first;
+    float* to = sums + first * NV * kLanes;
+    switch (scalars * (t + 1) / tiles - first) {
+      case 1:
+        add_tile<P, 1, NV>(part, to);
+        break;
+      case 2:
+        add_tile<P, 2, NV>(part, to);
+        break;
+      case 3:
+        add_tile<P, 3, NV>(part, to);
+        break;
+      case 4:
+        add_tile<P, 4, NV>(part, to);
+        break;
+      case 5:
+        add_tile<P, 5, NV>(part, to);
+        break;
+      default:
+        add_tile<P, 6, NV>(part, to);
+        break;
+    }
+  }
+}
+
+template <class P>
+void add_products(const Operands<P>& o, int vectors, index_t scalars, float* sums) {
+  switch (vectors) {
+    case 1:
+      return add_products<P, 1>(o, scalars, sums);
+    case 2:
+      return add_products<P, 2>(o, scalars, sums);
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+    case 3:
+      return add_products<P, 3>(o, scalars, sums);
+    default:
+      return add_products<P, 4>(o, scalars, sums);
+#endif
+  }
+}
+
+// --- one item
+// ---------------------------------------------------------------------------------------
+
+template <class T>
+const T* frame_of(const SplitTensor& s, index_t n, index_t t) {
+  const index_t frame = s.height * s.width * s.channels;
+  if (t < s.early_frames) return static_cast<const T*>(s.early) + (n * s.early_frames + t) * frame;
+  return static_cast<const T*>(s.late) + (n * s.late_frames + t - s.early_frames) * frame;
+}
+
+template <class T, class P>
+class Item {
+ public:
+  typedef typename P::Element Element;
+
+  Item(const WeightGradParams& p, const WeightGradItem& item, float* memory) : p_(p), item_(item) {
+    vectors_ = item.vector_end - item.vector_begin;
+    scalars_ = item.scalar_end - item.scalar_begin;
+    columns_ = round_up(vectors_, index_t{kLanes});
+    scalar_stride_ = round_up(scalars_, index_t{kLanes});
+    sums_ = memory;
+    packed_scalars_ = reinterpret_cast<Element*>(
+        sums_ + weight_grad_sums(item.tap_end - item.tap_begin, static_cast<index_t>(kLevel)));
+    packed_vectors_ = packed_scalars_ + kGradPixels * kScalarChannels;
+    for (index_t i = 0; i < (item.tap_end - item.tap_begin) * scalars_ * columns_; ++i)
+      sums_[i] = 0.0f;
+  }
+
+  void run() {
+    const index_t width = p_.output.width, height = p_.output.height;
+    const index_t columns = width < kGradPixels ? width : kGradPixels;
+    const index_t rows = kGradPixels / columns;
+    for (index_t n = 0; n < p_.batch; ++n)
+      for (index_t t = 0; t < p_.output.late_frames; ++t)
+        for (index_t h = 0; h < height; h += rows)
+          for (index_t w = 0; w < width; w += columns)
+            add_block(n, t, h, h + rows < height ? h + rows : height, w,
+                      w + columns < width ? w + columns : width);
+    write();
+  }
+
+ private:
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+  static constexpr int kLevel = 2;
+#elif defined(MF_ISA_avx2)
+  static constexpr int kLevel = 1;
+#else
+  static constexpr int kLevel = 0;
+#endif
+
+  void pack_side(bool output, const T* const* pixels, index_t count) {
+    if (output == p_.vector_is_output)
+      P::pack(pixels, count, vectors_, columns_, packed_vectors_);
+    else
+      P::pack(pixels, count, scalars_, scalar_stride_, packed_scalars_);
+  }
+
+  // Output pixels [h0, h1) x [w0, w1) of frame t, against every tap of the item.
+  void add_block(index_t n, index_t t, index_t h0, index_t h1, index_t w0, index_t w1) {
+    const T* pixels[kGradPixels];
+    const index_t out_first = p_.vector_is_output ? item_.vector_begin : item_.scalar_begin;
+    const index_t in_first = p_.vector_is_output ? item_.scalar_begin : item_.vector_begin;
+    const index_t count = (h1 - h0) * (w1 - w0);
+    const T* out = frame_of<T>(p_.output, n, t) + item_.group * p_.out_group + out_first;
+    index_t i = 0;
+    for (index_t h = h0; h < h1; ++h)
+      for (index_t w = w0; w < w1; ++w)
+        pixels[i++] = out + (h * p_.output.width + w) * p_.output.channels;
+    pack_side(true, pixels, count);
+    for (index_t tap = item_.tap_begin; tap < item_.tap_end; ++tap) {
+      const index_t kw = tap % p_.kernel_w, kh = tap / p_.kernel_w % p_.kernel_h;
+      const index_t kt = tap / p_.kernel_w / p_.kernel_h;
+      const std::int32_t frame = p_.t_source[kt * p_.output.late_frames + t];
+      if (frame < 0) continue;
+      const T* in = frame_of<T>(p_.source, n, frame) + item_.group * p_.in_group + in_first;
+      const std::int32_t* columns = p_.w_source + kw * p_.output.width;
+      bool any = false;
+      i = 0;
+      for (index_t h = h0; h < h1; ++h) {
+        const std::int32_t row = p_.h_source[kh * p_.output.height + h];
+        const T* base = in + row * p_.source.width * p_.source.channels;
+        for (index_t w = w0; w < w1; ++w) {
+          const bool inside = row >= 0 && columns[w] >= 0;
+          pixels[i++] = inside ? base + columns[w] : nullptr;
+          any |= inside;
+        }
+      }
+      if (!any) continue;
+      pack_side(false, pixels, count);
+      add_products<P>(
+          {packed_scalars_, packed_vectors_, ceil_div(count, P::kPixels), scalar_stride_},
+          static_cast<int>(columns_ / kLanes), scalars_,
+          sums_ + (tap - item_.tap_begin) * scalars_ * columns_);
+    }
+  }
+
+  void write() const {
+    const index_t all_taps = p_.kernel_t * p_.kernel_h * p_.kernel_w;
+    const index_t taps = item_.tap_end - item_.tap_begin;
+    for (index_t s = 0; s < scalars_; ++s)
+      for (index_t v = 0; v < vectors_; ++v) {
+        const index_t scalar = item_.scalar_begin + s, vector = item_.vector_begin + v;
+        const index_t co = item_.group * p_.out_group + (p_.vector_is_output ? vector : scalar);
+        const index_t ci = p_.vector_is_output ? scalar : vector;
+        T* to = static_cast<T*>(p_.dweight) + (co * p_.in_group + ci) * all_taps + item_.tap_begin;
+        for (index_t tap = 0; tap < taps; ++tap)
+          to[tap] = from_float<T>(sums_[(tap * scalars_ + s) * columns_ + v]);
+      }
+  }
+
+  const WeightGradParams& p_;
+  const WeightGradItem& item_;
+  index_t vectors_, scalars_, columns_, scalar_stride_;
+  float* sums_;              // [taps][scalars][columns]
+  Element* packed_scalars_;  // [pixels][scalar_stride]
+  Element* packed_vectors_;  // [pixels][columns]
+};
+
+}  // namespace
+
+void conv3d_weight_grad(const WeightGradParams& params, const WeightGradItem& item, float* memory) {
+  switch (params.dtype) {
+    case DType::f32:
+      return Item<float, Single>(params, item, memory).run();
+#if defined(MF_ISA_avx512_bf16)
+    case DType::bf16:
+      return Item<bf16_t, Pair>(params, item, memory).run();
+#else
+    case DType::bf16:
+      return Item<bf16_t, Single>(params, item, memory).run();
+#endif
+    case DType::f16:
+      return Item<f16_t, Single>(params, item, memory).run();
+  }
+}
+
+}  // namespace MF_ISA
+}  // namespace magvit_fast
