@@ -2,12 +2,10 @@
 // Previous hop: bindings.cpp.
 // Next hop: none.
 //
-// z is read once and written once as signs: bound by bandwidth, or by launch below about 1e6 elements.
-// Channels-first reads are coalesced as they come; channels-last rows of a warp are neighbors, so the
-// cache lines of a row are fully used across the channel loop.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// z is read once and written once as signs: bound by bandwidth, or by launch below about 1e6
+// elements. Channels-first reads are coalesced as they come; channels-last rows of a warp are
+// neighbors, so the cache lines of a row are fully used across the channel loop.
+#include "common/cuda/convert.cuh"
 #include "common/cuda/launch.cuh"
 #include "lfq_quantize/lfq_quantize.h"
 
@@ -40,20 +38,11 @@ void lfq_quantize_forward(const LfqQuantizeParams& params, const ExecContext& ct
   const index_t positions = params.outer * params.inner;
   if (positions == 0) return;
   const DeviceGuard guard(ctx, "lfq_quantize");
-  constexpr int kThreads = 256;
-  const index_t wanted = ceil_div(positions, static_cast<index_t>(kThreads));
-  const unsigned blocks = static_cast<unsigned>(wanted < 65536 ? wanted : 65536);
-  switch (params.dtype) {
-    case DType::f32:
-      lfq_quantize_kernel<float><<<blocks, kThreads, 0, stream_of(ctx)>>>(params);
-      break;
-    case DType::bf16:
-      lfq_quantize_kernel<__nv_bfloat16><<<blocks, kThreads, 0, stream_of(ctx)>>>(params);
-      break;
-    case DType::f16:
-      lfq_quantize_kernel<__half><<<blocks, kThreads, 0, stream_of(ctx)>>>(params);
-      break;
-  }
+  constexpr unsigned kThreads = 256;
+  with_type(params.dtype, [&](auto type) {
+    launch(guard, ctx, lfq_quantize_kernel<decltype(type)>, blocks_for(positions, kThreads),
+           kThreads, 0, params);
+  });
   guard.finish();
 }
 

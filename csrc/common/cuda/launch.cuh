@@ -8,7 +8,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/check.h"
 #include "common/exec_context.h"
+#include "common/shape.h"
 
 namespace magvit_fast::cuda {
 
@@ -36,11 +38,41 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
   // Call after the launches: a bad launch is reported here, by the op's name.
   void finish() const { check_cuda(cudaGetLastError(), op_); }
+  const char* op() const { return op_; }
 
  private:
   const char* op_;
   int before_ = 0;
   bool changed_ = false;
 };
+
+// One launch on the caller's stream; asks for large dynamic shared memory where the kernel needs
+// it.
+template <class... Expected, class... Actual>
+void launch(const DeviceGuard& guard, const ExecContext& ctx, void (*kernel)(Expected...),
+            dim3 grid, unsigned threads, std::size_t shared_bytes, Actual&&... arguments) {
+  if (shared_bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               guard.op());
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream_of(ctx);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Expected>(arguments)...), guard.op());
+}
+
+// Blocks for a grid-stride loop over `items`, a few waves at most: more would only queue.
+inline unsigned blocks_for(index_t items, unsigned threads) {
+  const index_t wanted = ceil_div(items, static_cast<index_t>(threads));
+  return static_cast<unsigned>(wanted < 1 ? 1 : wanted < 8192 ? wanted : 8192);
+}
+
+// Grids of one dimension hold 2^31 - 1 blocks.
+inline unsigned grid_blocks(index_t blocks, const char* what) {
+  check(blocks <= 2147483647, what);
+  return static_cast<unsigned>(blocks);
+}
 
 }  // namespace magvit_fast::cuda

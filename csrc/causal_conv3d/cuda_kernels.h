@@ -1,0 +1,70 @@
+// causal_conv3d on CUDA: what cuda.cu chooses among.
+// Previous hop: cuda.cu.
+// Next hop: cuda_gather_mma.cu, cuda_gather_fma.cu, cuda_weight_mma.cu, cuda_weight_fma.cu.
+#pragma once
+
+#include "causal_conv3d/causal_conv3d.h"
+#include "causal_conv3d/gemm_rows.h"
+#include "common/cuda/launch.cuh"
+
+namespace magvit_fast::cuda {
+
+// Forward (left = x and history, out = y) and input gradient (left = dy, out = dx and dhistory).
+struct GatherProblem {
+  Conv3dShape shape;
+  const void* left;
+  const void* left_history;
+  const void* weight;  // packed: [Cout, KT, KH, KW, Cin / groups]
+  const void* bias;    // [Cout] or null
+  void* out;
+  void* out_history;  // null: not wanted
+};
+
+struct WeightProblem {
+  Conv3dShape shape;
+  const void* x;
+  const void* history;
+  const void* dy;
+  float* partial;  // [parts, Cout, KT, KH, KW, Cin / groups]
+  WeightSplit split;
+};
+
+// The sizes of one group's matrix product.
+struct GroupSizes {
+  index_t in, out, taps;  // channels of a group, taps
+};
+inline GroupSizes group_sizes(const Conv3dShape& s) {
+  return {s.in_channels / s.groups, s.out_channels / s.groups,
+          s.t.kernel * s.h.kernel * s.w.kernel};
+}
+
+// Tensor cores take 16-bit types and move 16 bytes at a time: the channels that run innermost in
+// the gathered operand and in the weights must come in eights, and the addresses be multiples
+// of 16.
+inline bool aligned_16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
+
+inline bool can_run_mma_forward(const Conv3dShape& s) {
+  return s.dtype != DType::f32 && group_sizes(s).in % 8 == 0;
+}
+inline bool can_run_mma_gradients(const Conv3dShape& s) {
+  return can_run_mma_forward(s) && group_sizes(s).out % 8 == 0;
+}
+
+// Tiles of the weight gradient: (Cout x columns of taps and channels) of one group, and all groups.
+struct WeightTiles {
+  int rows, columns;  // of one tile
+  index_t count;
+};
+WeightTiles weight_tiles_mma(const Conv3dShape& s);
+WeightTiles weight_tiles_fma(const Conv3dShape& s);
+
+void gather_mma_forward(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
+void gather_mma_input_grad(const GatherProblem& p, const DeviceGuard& guard,
+                           const ExecContext& ctx);
+void gather_fma_forward(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
+void gather_fma_input_grad(const GatherProblem& p, const DeviceGuard& guard,
+                           const ExecContext& ctx);
+void weight_mma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
+void weight_fma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
+
+}  // namespace magvit_fast::cuda

@@ -1,0 +1,54 @@
+// Element types on the device, and the switch from a dtype code to a type.
+// Previous hop: cuda.cu of every op.
+// Next hop: the CUDA headers of bfloat16 and float16.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "common/dtype.h"
+
+namespace magvit_fast::cuda {
+
+// body(T{}) for the type of a dtype code.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(float{});
+    case DType::bf16:
+      return body(__nv_bfloat16{});
+    case DType::f16:
+      return body(__half{});
+  }
+  throw std::invalid_argument("dtype: not one of the codes 0, 1, 2");
+}
+
+// The same for the types that tensor cores multiply with float32 sums.
+template <class Body>
+void with_half_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::bf16:
+      return body(__nv_bfloat16{});
+    case DType::f16:
+      return body(__half{});
+    case DType::f32:
+      break;
+  }
+  throw std::invalid_argument("dtype: expected a 16-bit type");
+}
+
+// Two neighbors in one store; the address is a multiple of two elements.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+template <class T>
+__device__ __forceinline__ void store_pair(T* p, float first, float second) {
+  *reinterpret_cast<Pair<T>*>(p) = Pair<T>{static_cast<T>(first), static_cast<T>(second)};
+}
+
+}  // namespace magvit_fast::cuda

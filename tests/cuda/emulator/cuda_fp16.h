@@ -1,0 +1,13 @@
+// float16 as the CUDA headers name it, with the arithmetic of csrc/common/half.h.
+// Previous hop: common/cuda/convert.cuh.
+// Next hop: csrc/common/half.h.
+#pragma once
+
+#include "common/half.h"
+
+struct __half {
+  magvit_fast::f16_t value;
+  __half() = default;
+  __half(float x) : value(magvit_fast::from_float<magvit_fast::f16_t>(x)) {}
+  operator float() const { return magvit_fast::to_float(value); }
+};
