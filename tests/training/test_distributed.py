@@ -117,6 +117,23 @@ def test_transformer_training_and_its_token_shards_agree(tmp_path):
     assert_transformers_agree(tmp_path)
 
 
+def test_sharded_weights_train_alike_and_go_on_unsharded(tmp_path):
+    """FSDP2: losses, gathered checkpoints and the stored model are those of whole weights."""
+    for name in ("one", "two"):
+        save_tokenizer(tmp_path / name / "tokenizer")
+    alone("transformer", tmp_path / "one")
+    fork("sharded", tmp_path / "two")
+    assert_transformers_agree(tmp_path)
+    one, two = (tmp_path / n / "transformer/model.safetensors" for n in ("one", "two"))
+    for name, value in load_file(one).items():
+        torch.testing.assert_close(load_file(two)[name], value, rtol=1e-3, atol=1e-3)
+    shutil.rmtree(tmp_path / "two/checkpoints/step-00000004")
+    whole = history(tmp_path / "two", 2)
+    alone("transformer", tmp_path / "two")
+    assert history(tmp_path / "two", 1)[0]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-5)
+    fork("sharded", tmp_path / "two")  # and back: nothing left to do, the state loads
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_launchers(tmp_path, launcher):

@@ -6,9 +6,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -55,6 +59,31 @@ def transformer(folder: Path) -> None:
     write(folder, train_transformer(recipe, progress=False).history)
 
 
+def sharded(folder: Path) -> None:
+    """`transformer` with its weights sharded as Accelerate's FSDP2 does it (which wants a GPU)."""
+    from unittest import mock
+
+    from accelerate import Accelerator
+
+    with mock.patch.object(Accelerator, "prepare", lambda self, *objects: shard(*objects)):
+        transformer(folder)
+
+
+def shard(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    parameters = dict(model.named_parameters())
+    assert any(
+        isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in parameters.values()
+    )
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [parameters[name] for name in members]
+    return model, optimizer
+
+
 def write(folder: Path, history: list[dict[str, float]]) -> None:
     from accelerate import PartialState
 
@@ -66,7 +95,8 @@ def write(folder: Path, history: list[dict[str, float]]) -> None:
 
 def work(job: str, folder: str) -> None:
     torch.set_num_threads(1)
-    {"gradients": gradients, "tokenizer": tokenizer, "transformer": transformer}[job](Path(folder))
+    jobs = (gradients, tokenizer, transformer, sharded)
+    {one.__name__: one for one in jobs}[job](Path(folder))
 
 
 def work_in_fork(job: str, folder: str) -> None:

@@ -39,6 +39,11 @@ _OPERATIONAL = frozenset(
 )
 
 
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """The state dict of an unwrapped, unsharded module, on the CPU. Called by every process."""
+    return get_model_state_dict(module, options=_WHOLE)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest step, or None. Half-written ones have other names."""
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
@@ -56,8 +61,8 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write folder/step-XXXXXXXX; delete all but the `keep` newest. Called by every process."""
-    # Collective under FSDP: every process takes part in gathering, the first one writes.
-    model_state = get_model_state_dict(modules, options=_WHOLE)
+    # Collective where weights are sharded: every process takes part, the first one writes.
+    model_state = whole_state(modules)
     optimizer_state: Any = get_optimizer_state_dict(modules, optimizer, options=_WHOLE)
     path = folder / f"step-{step:08d}"
     if accelerator.is_main_process:
@@ -68,6 +73,7 @@ def save_checkpoint(
             "step": step,
             "recipe": recipe,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "optimizer_groups": optimizer_state["param_groups"],
         }
         with atomic_directory(path) as temporary:
             save_file(_plain(model_state), temporary / "model.safetensors")
@@ -97,6 +103,7 @@ def load_checkpoint(
         if facts["format"] != FORMAT or facts["version"] != VERSION:
             raise ValueError(f"its format is {facts['format']} version {facts['version']}")
         step, written = int(facts["step"]), facts["recipe"]
+        optimizer_state: Any = {"state": _nested(flat), "param_groups": facts["optimizer_groups"]}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(
             f"{path}: cannot be continued from ({error}); delete this folder to go on from the "
@@ -104,12 +111,7 @@ def load_checkpoint(
         ) from error
     _check_recipe(path, written, recipe)
     set_model_state_dict(modules, model_state, options=_WHOLE)
-    # A fresh state of the right structure, to be filled.
-    state: Any = get_optimizer_state_dict(modules, optimizer, options=_WHOLE)
-    for key, value in flat.items():
-        parameter, _, entry = key.rpartition("/")
-        state["state"][parameter][entry] = value
-    set_optimizer_state_dict(modules, optimizer, state, options=_WHOLE)
+    set_optimizer_state_dict(modules, optimizer, optimizer_state, options=_WHOLE)
     if accelerator.scaler is not None and facts["scaler"]:
         accelerator.scaler.load_state_dict(facts["scaler"])
     return step
@@ -125,6 +127,14 @@ def _flat(state: dict[str, Any]) -> dict[str, Tensor]:
         for parameter, entries in state.items()
         for entry, value in entries.items()
     }
+
+
+def _nested(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        parameter, _, entry = key.rpartition("/")
+        state.setdefault(parameter, {})[entry] = value
+    return state
 
 
 def _prune(folder: Path, keep: int) -> None:

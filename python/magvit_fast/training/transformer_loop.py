@@ -21,6 +21,7 @@ from magvit_fast.tasks import (
     commit_mask,
     get_task,
 )
+from magvit_fast.training.checkpoints import whole_state
 from magvit_fast.training.config import TaskConfig, TransformerTraining
 from magvit_fast.training.run import Run, TrainingResult, new_accelerator, step_seed
 from magvit_fast.training.tokenization import open_or_write_tokens
@@ -133,7 +134,7 @@ class TransformerTrainer:
 
     def save(self, folder: Path) -> None:
         """Write the model as config.json + model.safetensors. Called by every process."""
-        state = self.accelerator.get_state_dict(self.model)
+        state = whole_state(self.model)
         if self.accelerator.is_main_process:
             model = MaskedTransformer(self.config.model)
             model.load_state_dict(state)
