@@ -47,6 +47,10 @@ def test_bad_files_are_named_in_one_warning(folder, caplog):
     assert len(skipped) == 1
     assert "3 of 7" in skipped[0]
     assert all(name in skipped[0] for name in ("truncated.mp4", "empty.mp4", "text.mp4"))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "magvit_fast"):
+        VideoClips(folder, frames=9, size=16, quiet=True)
+    assert not caplog.records
 
 
 def test_a_full_window_without_augmentation_is_the_file(folder):

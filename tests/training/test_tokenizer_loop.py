@@ -24,7 +24,11 @@ from magvit_fast.training.losses import (
 )
 from magvit_fast.training.run import Run, new_accelerator
 from magvit_fast.training.sources import open_clips
-from magvit_fast.training.tokenizer_loop import TokenizerTrainer, train_tokenizer
+from magvit_fast.training.tokenizer_loop import (
+    TokenizerTrainer,
+    run_in_full_precision,
+    train_tokenizer,
+)
 
 
 def video(batch=2, frames=5):
@@ -191,6 +195,16 @@ def test_bfloat16_runs(tmp_path):
     stored = load_file(tmp_path / "checkpoints/step-00000002/model.safetensors")
     assert all(v.dtype == torch.float32 for v in stored.values())
     assert len(history) == 2
+
+
+def test_full_precision_keeps_autocast_out():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 3), torch.rand(2, 3)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        run_in_full_precision(layer, "cpu")
+        assert torch.equal(layer(x), expected)
 
 
 def test_divergence_stops_with_a_clear_error(tmp_path):

@@ -102,6 +102,7 @@ class VideoClips:
     frames: 1 + 4k for the causal tokenizer (checked by the model, not here).
     size: (height, width) or one number for both. The window cut out has this aspect ratio.
     labels: the name of a file's parent folder is its class, numbered in sorted order.
+    quiet: no warnings about files that are unusable from the start (another process gives them).
 
     Raises FileFormatError when no usable file is left.
     """
@@ -115,13 +116,14 @@ class VideoClips:
         augmentation: Augmentation = Augmentation(),
         labels: bool = False,
         seed: int = 0,
+        quiet: bool = False,
     ) -> None:
         if frames < 1:
             raise ValueError(f"frames: expected at least 1, got {frames}")
         self.frames, self.seed, self.augmentation = frames, seed, augmentation
         self.size = (size, size) if isinstance(size, int) else size
         found = list_files(path)
-        lengths = _frame_counts(found)
+        lengths = _frame_counts(found, logging.DEBUG if quiet else logging.WARNING)
         self.files = [file for file, length in zip(found, lengths, strict=True) if length]
         self.lengths = [length for length in lengths if length]
         shortest = (frames - 1) * min(augmentation.strides) + 1
@@ -133,7 +135,8 @@ class VideoClips:
                 f"than {shortest} frames; give longer videos or ask for fewer frames"
             )
         if len(self._clips) < len(self.files):
-            log.warning(
+            log.log(
+                logging.DEBUG if quiet else logging.WARNING,
                 "%s: %d of %d files are shorter than %d frames and serve as stills only",
                 path, len(self.files) - len(self._clips), len(self.files), shortest,
             )  # fmt: skip
@@ -226,8 +229,8 @@ def list_files(path: str | os.PathLike[str]) -> list[Path]:
     return [path.parent / line.strip() for line in lines if line.strip()]
 
 
-def _frame_counts(files: list[Path]) -> list[int]:
-    """Frames of each file, 0 for those that cannot be read; these are named in one warning."""
+def _frame_counts(files: list[Path], level: int) -> list[int]:
+    """Frames of each file, 0 for those that cannot be read; these are named in one log entry."""
 
     def count(file: Path) -> int | FileFormatError:
         try:
@@ -244,7 +247,8 @@ def _frame_counts(files: list[Path]) -> list[int]:
             if len(bad) > _NAMES_IN_WARNING
             else ""
         )
-        log.warning(
+        log.log(
+            level,
             "skipped %d of %d files:\n  %s%s",
             len(bad), len(files), "\n  ".join(bad[:_NAMES_IN_WARNING]), more,
         )  # fmt: skip

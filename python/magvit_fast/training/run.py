@@ -113,12 +113,12 @@ class Run:
         result = TrainingResult(self.output, self.config.steps)
         done = self._resume(modules, optimizer)
         with self._bar(done, progress) as bar:
-            for step, parts in self._batches(source, order, done):
+            for step, parts, replaced in self._batches(source, order, done):
                 self._set_learning_rate(optimizer, step)
                 values = _mean([forward_backward(batch, step, i) for i, batch in enumerate(parts)])
                 values.update(finish_step())
                 optimizer.zero_grad()
-                result.replaced += sum(int(b["replaced"].sum()) for b in parts if "replaced" in b)
+                result.replaced += replaced
                 last = step + 1 == self.config.steps
                 if (step + 1) % self.config.log_every == 0 or last:
                     result.history.append(self._log(step + 1, values, optimizer, bar))
@@ -133,18 +133,18 @@ class Run:
 
     def _batches(
         self, source: Any, order: BatchOrder, done: int
-    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """(step, the parts of its batch on this process's device) for the steps still to do."""
+    ) -> Iterator[tuple[int, list[dict[str, Any]], int]]:
+        """The steps still to do: number, parts of the batch on this process's device, clips in it
+        that stand in for undecodable ones (counted here, where it costs no wait for the device)."""
         from accelerate.utils import send_to_device
 
         parts = self.config.gradient_accumulation
         total = self.config.steps * parts
         loader = iter(batch_loader(source, order, done * parts, total, self.config.workers))
         for step in range(done, self.config.steps):
-            yield (
-                step,
-                [send_to_device(next(loader), self.accelerator.device) for _ in range(parts)],
-            )
+            batch = [next(loader) for _ in range(parts)]
+            replaced = sum(int(part["replaced"].sum()) for part in batch if "replaced" in part)
+            yield step, send_to_device(batch, self.accelerator.device, non_blocking=True), replaced
 
     def _set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         options = self.optimization

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from magvit_fast.data.clips import Augmentation, ClipSource, SceneClips, VideoClips
@@ -11,8 +12,11 @@ from magvit_fast.data.order import BatchOrder
 from magvit_fast.training.config import DataConfig
 
 
-def open_clips(config: DataConfig, seed: int) -> ClipSource:
-    """The data set that a recipe names. Raises FileFormatError when it has no usable video."""
+def open_clips(config: DataConfig, seed: int, *, quiet: bool = False) -> ClipSource:
+    """The data set that a recipe names. Raises FileFormatError when it has no usable video.
+
+    quiet: leave the warnings about unusable files to another process.
+    """
     if config.source == "scenes":
         return SceneClips(config.scenes, frames=config.frames, size=config.size)
     return VideoClips(
@@ -22,6 +26,7 @@ def open_clips(config: DataConfig, seed: int) -> ClipSource:
         augmentation=Augmentation(config.crop_scale, config.flip, config.strides),
         labels=config.labels,
         seed=seed,
+        quiet=quiet,
     )
 
 
@@ -31,6 +36,7 @@ def batch_loader(source: Any, order: BatchOrder, start: int, stop: int, workers:
         source,
         batch_sampler=_Batches(order, start, stop),
         num_workers=workers,
+        pin_memory=torch.accelerator.is_available(),
     )
 
 

@@ -73,7 +73,7 @@ def _write(
 ) -> None:
     from accelerate.utils import gather_object
 
-    source = open_clips(config.data, config.run.seed)
+    source = open_clips(config.data, config.run.seed, quiet=not accelerator.is_main_process)
     draws = [Draw(e, i) for e in range(config.tokens.passes) for i in range(source.num_clips)]
     rank, count = accelerator.process_index, accelerator.num_processes
     mine = draws[len(draws) * rank // count : len(draws) * (rank + 1) // count]

@@ -43,7 +43,8 @@ def train_tokenizer(
     torch.manual_seed(config.run.seed)
     trainer = TokenizerTrainer(accelerator, config, perceptual)
     run = Run(accelerator, config)
-    source = open_clips(config.data, config.run.seed)
+    quiet = not accelerator.is_main_process
+    source = open_clips(config.data, config.run.seed, quiet=quiet)
     result = run.train(
         source,
         run.order(source, config.data.image_ratio),
@@ -85,8 +86,7 @@ class TokenizerTrainer:
         )
         if discriminator is not None and config.run.mixed_precision == "fp16":
             # The gradient penalty's gradients would underflow in half precision.
-            full = torch.autocast(accelerator.device.type, enabled=False)
-            discriminator.forward = full(discriminator.forward)  # type: ignore[method-assign]
+            run_in_full_precision(discriminator, accelerator.device.type)
         *prepared, self.optimizer = accelerator.prepare(*self.networks.values(), optimizer)
         self.networks = nn.ModuleDict(dict(zip(self.networks, prepared, strict=True)))
         self.tokenizer = self.networks["tokenizer"]
@@ -156,6 +156,11 @@ class TokenizerTrainer:
         self.optimizer.step()
         self.ema.update(self.accelerator.unwrap_model(self.tokenizer))
         return values
+
+
+def run_in_full_precision(module: nn.Module, device_type: str) -> None:
+    """Keep autocast out of this module's forward pass."""
+    module.forward = torch.autocast(device_type, enabled=False)(module.forward)
 
 
 def _psnr(prediction: Tensor, target: Tensor) -> Tensor:
