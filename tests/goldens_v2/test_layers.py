@@ -63,12 +63,14 @@ def parameter_error(module: nn.Module, path: str, theirs: NDArray[Any]) -> float
     return float(np.abs(ours.astype(np.float64) - theirs).max() / np.abs(theirs).max())
 
 
-def run(module: nn.Module, arrays: Arrays, case: str) -> tuple[Tensor, Tensor]:
+def run(
+    module: nn.Module, arrays: Arrays, case: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(y, dx) of a one-input module; parameter gradients are left on it."""
-    load_praxis(module, arrays, case)
-    x = to_channels_first(arrays[f"{case}/x"]).requires_grad_()
+    load_praxis(module.to(device), arrays, case)
+    x = to_channels_first(arrays[f"{case}/x"]).to(device).requires_grad_()
     y = module(x)
-    y.backward(to_channels_first(arrays[f"{case}/dy"]))
+    y.backward(to_channels_first(arrays[f"{case}/dy"]).to(device))
     assert x.grad is not None
     return y, x.grad
 
@@ -81,11 +83,11 @@ def test_the_case_lists_are_complete(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("case", CONV_CASES)
-def test_causal_conv_is_bit_equal(golden: Golden, case: str) -> None:
+def test_causal_conv_is_bit_equal(golden: Golden, case: str, device: torch.device) -> None:
     arrays = golden("causal_conv")
     kt, kh, kw, st, sh, sw = (int(v) for v in arrays[f"{case}/kernel_stride"])
     layer = CausalConv3d(3, 5, (kt, kh, kw), (st, sh, sw), bias=f"{case}/param/b" in arrays)
-    y, dx = run(layer, arrays, case)
+    y, dx = run(layer, arrays, case, device)
     assert error(y, arrays[f"{case}/y"]) == 0
     assert error(dx, arrays[f"{case}/dx"]) == 0
     assert parameter_error(layer, "w", arrays[f"{case}/dw"]) == 0
@@ -94,7 +96,7 @@ def test_causal_conv_is_bit_equal(golden: Golden, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", PROBES)
-def test_causal_conv_reads_the_right_cells(golden: Golden, case: str) -> None:
+def test_causal_conv_reads_the_right_cells(golden: Golden, case: str, device: torch.device) -> None:
     """One output channel per tap, each an identity: the result is the cell that the tap reads."""
     arrays = golden("causal_conv")
     kernel_stride = tuple(int(v) for v in arrays[f"{case}/kernel_stride"])
@@ -106,20 +108,20 @@ def test_causal_conv_reads_the_right_cells(golden: Golden, case: str) -> None:
         + torch.arange(w).view(1, 1, w)
     )
     taps = int(np.prod(kernel))
-    layer = CausalConv3d(1, taps, kernel, stride, bias=False)  # type: ignore[arg-type]
+    layer = CausalConv3d(1, taps, kernel, stride, bias=False).to(device)  # type: ignore[arg-type]
     with torch.no_grad():
         layer.weight.copy_(torch.eye(taps).view(taps, 1, *kernel))
-        read = layer(cells.float().view(1, 1, t, h, w))
+        read = layer(cells.float().view(1, 1, t, h, w).to(device))
     expected = arrays[f"{case}/cell"]
     got = to_channels_last(read)[0].reshape(expected.shape)
     np.testing.assert_array_equal(got.astype(np.int64), expected)
 
 
 @pytest.mark.parametrize("case", NORM_CASES)
-def test_group_norm_per_frame(golden: Golden, case: str) -> None:
+def test_group_norm_per_frame(golden: Golden, case: str, device: torch.device) -> None:
     arrays = golden("group_norm_spatial")
     layer = GroupNormSiLU(arrays[f"{case}/x"].shape[-1], activation=None)
-    y, dx = run(layer, arrays, case)
+    y, dx = run(layer, arrays, case, device)
     assert error(y, arrays[f"{case}/y"]) < 1e-5
     assert error(dx, arrays[f"{case}/dx"]) < 1e-5
     for path in ("gamma", "beta"):
@@ -128,15 +130,15 @@ def test_group_norm_per_frame(golden: Golden, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["cn64_e18", "cn128_e10"])
-def test_adaptive_norm(golden: Golden, case: str) -> None:
+def test_adaptive_norm(golden: Golden, case: str, device: torch.device) -> None:
     arrays = golden("cond_norm")
     channels, bits = arrays[f"{case}/x"].shape[-1], arrays[f"{case}/emb"].shape[-1]
-    layer = AdaptiveGroupNorm(channels, bits)
+    layer = AdaptiveGroupNorm(channels, bits).to(device)
     load_praxis(layer, arrays, case)
-    x = to_channels_first(arrays[f"{case}/x"]).requires_grad_()
-    condition = to_channels_first(arrays[f"{case}/emb"]).requires_grad_()
+    x = to_channels_first(arrays[f"{case}/x"]).to(device).requires_grad_()
+    condition = to_channels_first(arrays[f"{case}/emb"]).to(device).requires_grad_()
     y = layer(x, condition)
-    y.backward(to_channels_first(arrays[f"{case}/dy"]))
+    y.backward(to_channels_first(arrays[f"{case}/dy"]).to(device))
     assert x.grad is not None
     assert condition.grad is not None
     assert error(y, arrays[f"{case}/y"]) < 1e-5
@@ -157,21 +159,23 @@ def test_adaptive_norm(golden: Golden, case: str) -> None:
         ("res32_64_conv3_shortcut", True),
     ],
 )
-def test_res_block(golden: Golden, case: str, conv_shortcut: bool) -> None:
+def test_res_block(golden: Golden, case: str, device: torch.device, conv_shortcut: bool) -> None:
     arrays = golden("res_block")
     widths = arrays[f"{case}/x"].shape[-1], arrays[f"{case}/y"].shape[-1]
     layer = ResBlock3d(*widths, conv_shortcut=conv_shortcut)
-    y, dx = run(layer, arrays, case)
+    y, dx = run(layer, arrays, case, device)
     assert error(y, arrays[f"{case}/y"]) < 1e-5
     assert error(dx, arrays[f"{case}/dx"]) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["d2s_t1_T2", "d2s_t2_T3", "d2s_t2_T1"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_depth_to_space(golden: Golden, case: str, channels_last: bool) -> None:
+def test_depth_to_space(
+    golden: Golden, case: str, device: torch.device, channels_last: bool
+) -> None:
     arrays = golden("resample")
     st = int(arrays[f"{case}/t_stride_filters"][0])
-    x = to_channels_first(arrays[f"{case}/x"])
+    x = to_channels_first(arrays[f"{case}/x"]).to(device)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     y = ops.depth_to_space3d(x, (st, 2, 2))
@@ -179,16 +183,16 @@ def test_depth_to_space(golden: Golden, case: str, channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("case", ["up_t1_T3", "up_t2_T3", "up_t2_T1", "up_t1_T1"])
-def test_upsample_is_bit_equal(golden: Golden, case: str) -> None:
+def test_upsample_is_bit_equal(golden: Golden, case: str, device: torch.device) -> None:
     arrays = golden("resample")
-    layer = Upsample(32, temporal="_t2_" in case)
+    layer = Upsample(32, temporal="_t2_" in case).to(device)
     load_praxis(layer, arrays, case)
     with torch.no_grad():
-        x = to_channels_first(arrays[f"{case}/x"])
+        x = to_channels_first(arrays[f"{case}/x"]).to(device)
         assert error(layer(x), arrays[f"{case}/y"]) == 0
         whole = ops.depth_to_space3d(layer.conv(x), layer.factor)
         assert error(whole, arrays[f"{case}/y_before_drop"]) == 0
-    condition = to_channels_first(arrays[f"{case}/cond"])
+    condition = to_channels_first(arrays[f"{case}/cond"]).to(device)
     for name in ("cond_resized", "cond_out"):
         expected = arrays[f"{case}/{name}"]
         resized = upsample_nearest(condition, layer.factor, expected.shape[1])
@@ -196,10 +200,10 @@ def test_upsample_is_bit_equal(golden: Golden, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["down_t1_T5", "down_t2_T5", "down_t2_T9", "down_t2_T1"])
-def test_downsample_is_bit_equal(golden: Golden, case: str) -> None:
+def test_downsample_is_bit_equal(golden: Golden, case: str, device: torch.device) -> None:
     arrays = golden("resample")
-    layer = Downsample(32, temporal="_t2_" in case)
+    layer = Downsample(32, temporal="_t2_" in case).to(device)
     load_praxis(layer, arrays, case)
     with torch.no_grad():
-        y = layer(to_channels_first(arrays[f"{case}/x"]))
+        y = layer(to_channels_first(arrays[f"{case}/x"]).to(device))
     assert error(y, arrays[f"{case}/y"]) == 0

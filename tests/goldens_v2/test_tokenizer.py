@@ -50,8 +50,8 @@ TRACED = [c for c in CLIPS if f"{c[1]}/trace/encoder/samples64" in NAMES[c[0]]]
 WITH_GRADIENTS = [c for c in CLIPS if f"{c[1]}/grad/loss" in NAMES[c[0]]]
 
 
-def model(arrays: Arrays) -> MagvitV2Tokenizer:
-    tokenizer = MagvitV2Tokenizer(praxis_config(str(arrays["config_json"])))
+def model(arrays: Arrays, device: torch.device) -> MagvitV2Tokenizer:
+    tokenizer = MagvitV2Tokenizer(praxis_config(str(arrays["config_json"]))).to(device)
     load_praxis(tokenizer, arrays)
     return tokenizer
 
@@ -74,9 +74,9 @@ def test_there_is_something_to_test() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_parameter_names_and_count(golden: Golden, file: str) -> None:
+def test_parameter_names_and_count(golden: Golden, file: str, device: torch.device) -> None:
     arrays = golden(file)
-    tokenizer = model(arrays)
+    tokenizer = model(arrays, device)
     stated = json.loads(str(arrays["config_json"]))["num_params"]
     assert sum(p.numel() for p in tokenizer.parameters()) == stated
     ours = {slot.path for slot in praxis_slots(tokenizer)}
@@ -87,14 +87,14 @@ def test_parameter_names_and_count(golden: Golden, file: str) -> None:
 
 
 @pytest.mark.parametrize(("file", "clip"), CLIPS)
-def test_outputs_and_losses(golden: Golden, file: str, clip: str) -> None:
+def test_outputs_and_losses(golden: Golden, file: str, clip: str, device: torch.device) -> None:
     arrays = golden(file)
-    tokenizer = model(arrays)
-    video = to_channels_first(arrays[f"{clip}/video"])
+    tokenizer = model(arrays, device)
+    video = to_channels_first(arrays[f"{clip}/video"]).to(device)
     with torch.no_grad():
         out = tokenizer(video)
         assert largest(to_channels_last(out.z), arrays[f"{clip}/z"]) < 5e-5
-        np.testing.assert_array_equal(out.ids.numpy(), arrays[f"{clip}/ids"].astype(np.int64))
+        np.testing.assert_array_equal(out.ids.cpu().numpy(), arrays[f"{clip}/ids"].astype(np.int64))
         codes = tokenizer.quantizer.codes(out.ids)
         np.testing.assert_array_equal(to_channels_last(codes), arrays[f"{clip}/quantized"])
         assert (
@@ -113,12 +113,12 @@ def test_outputs_and_losses(golden: Golden, file: str, clip: str) -> None:
 
 @pytest.mark.parametrize(("file", "clip"), CLIPS)
 def test_float64_is_the_ports_float64(
-    golden: Golden, file: str, clip: str, implementation: str
+    golden: Golden, file: str, clip: str, device: torch.device, implementation: str
 ) -> None:
     if implementation != "reference":
         return  # float64 has one implementation
     arrays = golden(file)
-    tokenizer = model(arrays).double()
+    tokenizer = model(arrays, device).double()
     load_praxis(tokenizer, arrays)
     with torch.no_grad():
         out = tokenizer(to_channels_first(arrays[f"{clip}/video"]).double())
@@ -150,9 +150,9 @@ def _traced_modules(tokenizer: MagvitV2Tokenizer) -> Iterator[tuple[str, nn.Modu
 
 
 @pytest.mark.parametrize(("file", "clip"), TRACED)
-def test_trace_of_every_module(golden: Golden, file: str, clip: str) -> None:
+def test_trace_of_every_module(golden: Golden, file: str, clip: str, device: torch.device) -> None:
     arrays = golden(file)
-    tokenizer = model(arrays)
+    tokenizer = model(arrays, device)
     seen: dict[str, NDArray[Any]] = {}
 
     def record(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -161,7 +161,7 @@ def test_trace_of_every_module(golden: Golden, file: str, clip: str) -> None:
     for path, module in _traced_modules(tokenizer):
         module.register_forward_hook(functools.partial(record, path))
     with torch.no_grad():
-        tokenizer(to_channels_first(arrays[f"{clip}/video"]))
+        tokenizer(to_channels_first(arrays[f"{clip}/video"]).to(device))
     traced = {
         name.removeprefix(f"{clip}/trace/").removesuffix("/shape")
         for name in arrays
@@ -190,12 +190,12 @@ def test_trace_of_every_module(golden: Golden, file: str, clip: str) -> None:
 @pytest.mark.parametrize(("file", "clip"), WITH_GRADIENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_the_whole_model(
-    golden: Golden, file: str, clip: str, dtype: torch.dtype
+    golden: Golden, file: str, clip: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     arrays = golden(file)
-    tokenizer = model(arrays).to(dtype)
+    tokenizer = model(arrays, device).to(dtype)
     load_praxis(tokenizer, arrays)
-    video = to_channels_first(arrays[f"{clip}/video"]).to(dtype).requires_grad_()
+    video = to_channels_first(arrays[f"{clip}/video"]).to(device, dtype).requires_grad_()
     out = tokenizer(video)
     loss = 5 * (out.reconstruction - video).square().mean() + out.losses["quantizer"]
     loss.backward()

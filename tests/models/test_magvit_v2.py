@@ -381,6 +381,27 @@ def test_a_video_it_cannot_take(shape: tuple[int, ...], message: str, method: st
         getattr(tiny(), method)(torch.zeros(shape, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pixels_that_are_no_numbers(value: float) -> None:
+    video = clip(1, 3, 5, 8, 8)
+    video[0, 1, 3, 2, 2] = value
+    with pytest.raises(ValueError, match="video: expected finite values, got NaN or infinity"):
+        tiny().encode(video)
+    stream = tiny().encode_stream(video)
+    with pytest.raises(ValueError, match="video: expected finite values"):
+        list(stream)
+
+
+def test_encode_and_decode_compile_without_a_graph_break() -> None:
+    model = tiny()
+    video = clip(1, 3, 5, 8, 8)
+    with torch.no_grad():
+        ids = torch.compile(model.encode, fullgraph=True, backend="eager")(video)
+        assert torch.equal(ids, model.encode(video))
+        decoded = torch.compile(model.decode, fullgraph=True, backend="eager")(ids)
+        torch.testing.assert_close(decoded, model.decode(ids))
+
+
 def test_wrong_types() -> None:
     model = tiny()
     with pytest.raises(

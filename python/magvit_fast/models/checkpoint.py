@@ -231,10 +231,10 @@ def _read_weights(
     for name, value in weights.items():
         if value.is_floating_point() != expected[name].is_floating_point():
             raise FileFormatError(f"{path}: {name} has the unexpected dtype {value.dtype}")
-        if value.is_floating_point():
-            if not torch.isfinite(value).all():
-                raise FileFormatError(f"{path}: {name} holds NaN or infinity; the file is damaged")
-            weights[name] = value.to(dtype)
+        if not torch.isfinite(value).all():
+            raise FileFormatError(f"{path}: {name} holds NaN or infinity; the file is damaged")
+        # A copy: what was read is a view of the mapped file, and a file may change or shrink.
+        weights[name] = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
     return weights
 
 

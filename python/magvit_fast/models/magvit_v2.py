@@ -22,6 +22,7 @@ from magvit_fast.nn.norm import AdaptiveGroupNorm, GroupNormSiLU, group_count
 from magvit_fast.nn.quantize import LFQ, EntropyKind
 from magvit_fast.nn.resample import Downsample, Upsample
 from magvit_fast.nn.stream import StreamState, rechunk
+from magvit_fast.ops._checks import values_can_be_read
 
 
 @dataclass(frozen=True)
@@ -271,10 +272,10 @@ class MagvitV2Tokenizer(PretrainedMixin):
 
         Raises:
             TypeError: the video is no floating-point Tensor.
-            ValueError: wrong number of axes, channels or frames, or H, W no multiple of the space
-                stride.
+            ValueError: wrong number of axes, channels or frames; H or W no multiple of the space
+                stride; NaN or infinite pixels.
         """
-        z = self.encoder(self._check_video(video))
+        z = self.encoder(self._check_finite(self._check_video(video)))
         ids: Tensor = self.quantizer(z, with_losses=False).ids
         return ids
 
@@ -347,7 +348,7 @@ class MagvitV2Tokenizer(PretrainedMixin):
 
     @torch.no_grad()
     def _encode_chunk(self, chunk: Tensor, state: StreamState) -> Tensor:
-        z = self.encoder(self._check_video(chunk, whole=False), state)
+        z = self.encoder(self._check_finite(self._check_video(chunk, whole=False)), state)
         state.started = True
         ids: Tensor = self.quantizer(z, with_losses=False).ids
         return ids
@@ -389,6 +390,13 @@ class MagvitV2Tokenizer(PretrainedMixin):
         if h < 1 or w < 1 or h % s or w % s:
             raise ValueError(f"video: expected height and width in multiples of {s}, got {h} x {w}")
         return video.contiguous(memory_format=torch.channels_last_3d)
+
+    @staticmethod
+    def _check_finite(video: Tensor) -> Tensor:
+        # Tokens of a damaged frame would look like any others.
+        if values_can_be_read(video) and not torch.isfinite(video).all():
+            raise ValueError("video: expected finite values, got NaN or infinity")
+        return video
 
     def _latent(self, ids: Tensor) -> Tensor:
         codes = self.quantizer.codes(ids)

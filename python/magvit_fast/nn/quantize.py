@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magvit_fast import ops
+from magvit_fast.ops._checks import values_can_be_read
 
 EntropyKind = Literal["softmax", "argmax"]
 
@@ -57,7 +58,8 @@ class LFQ(nn.Module):
             1e-5 to match it.
         entropy_kind: "argmax" puts one-hot(argmax p) for p in value, with the gradient of p
             (needs entropy_eps > 0: most codes then have probability zero).
-        sync: across processes the mean distribution is averaged over all of them while training.
+        sync: across processes the mean distribution is averaged over all of them while training
+            ("softmax" only; "argmax" stays within the process).
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class LFQ(nn.Module):
             raise TypeError(
                 f"ids: expected an int64 Tensor, got {getattr(ids, 'dtype', type(ids))}"
             )
-        if ids.numel():
+        if values_can_be_read(ids):
             low, high = (int(v) for v in torch.aminmax(ids))
             if low < 0 or high >= self.num_codes:
                 raise ValueError(

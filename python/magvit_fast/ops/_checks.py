@@ -57,6 +57,13 @@ def channel_axis(x: Tensor, channel_dim: int) -> int:
     return channel_dim % x.dim()
 
 
+def values_can_be_read(x: Tensor) -> bool:
+    """Whether a check may look at x's values: not while tracing or capturing, where there are none."""
+    if torch.compiler.is_compiling() or x.is_meta or not x.numel():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for a matrix-product-like op on x's device, or None."""
     kind = x.device.type
