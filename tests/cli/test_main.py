@@ -89,6 +89,8 @@ def _raising(error: BaseException) -> Callable[[argparse.Namespace], Outcome]:
         (mf.errors.FileFormatError("clip.mp4: is empty"), "magvit-fast: error: clip.mp4: is empty"),
         (OSError(28, "No space left on device", "x"), "No space left on device: 'x'"),
         (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory (CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (KeyError("oops"), "unexpected KeyError: 'oops'; --debug shows where"),
         (NotImplementedError(), "magvit-fast: error: NotImplementedError"),
     ],

@@ -156,7 +156,7 @@ def test_bad_token_files(
     whole = path.read_bytes()
 
     assert "no such token file" in fails("detokenize", tmp_path / "none", *output)
-    assert "is-a-video" not in fails("detokenize", clip, *output)
+    assert clip in fails("detokenize", clip, *output)
     path.write_bytes(whole[: len(whole) - 10])
     assert str(path) in fails("detokenize", path, *output)
     damaged = bytearray(whole)
@@ -202,6 +202,21 @@ def test_full_disk_keeps_the_old_output(
     assert f"cannot write {output}" in line
     assert output.read_bytes() == b"old"
     assert [entry.name for entry in output.parent.iterdir()] == ["file.mp4"]
+
+
+def test_trouble_with_the_output_comes_before_the_work(
+    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    model = ("--tokenizer", models.tokenizer)
+    assert "is also the input" in fails("tokenize", clip, "-o", clip, *model)
+    assert probe(clip).frames == 30
+    assert "is a directory" in fails("tokenize", clip, "-o", tmp_path, *model)
+    (tmp_path / "file").touch()
+    assert "cannot write" in fails("tokenize", clip, "-o", tmp_path / "file" / "t", *model)
+    tokens = tmp_path / "t.safetensors"
+    cli("tokenize", clip, "-o", tokens, *model, "--frames", "5")
+    assert "is also the input" in fails("detokenize", tokens, "-o", tokens, *model)
+    assert load_tokens(tokens)[1]["ids"].shape == (1, 2, 6, 8)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

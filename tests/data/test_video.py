@@ -222,6 +222,31 @@ def test_audio_only_file(tmp_path: Path) -> None:
     _fails(tmp_path / "sound.wav", r"holds no video \(audio only\)")
 
 
+def test_header_without_streams(clip: Path) -> None:
+    clip.write_bytes(clip.read_bytes()[:900])
+    _fails(clip, "truncated")
+
+
+def test_frames_that_change_size(tmp_path: Path) -> None:
+    """Two H.264 streams of different sizes, one after the other."""
+    for index, size in enumerate((32, 48)):
+        write_video(tmp_path / f"{index}.mp4", torch.rand(3, 3, size, size))
+    path = tmp_path / "joined.h264"
+    with path.open("wb") as joined:
+        for index in range(2):
+            raw = tmp_path / f"{index}.h264"
+            with av.open(str(tmp_path / f"{index}.mp4")) as source, av.open(str(raw), "w") as to:
+                stream = to.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        to.mux(packet)
+            joined.write(raw.read_bytes())
+    with pytest.raises(FileFormatError, match=r"change from \(32, 32\) to \(48, 48\)"):
+        read_video(path)
+    assert read_video(path, size=16).shape == (3, 6, 16, 16)
+
+
 @pytest.mark.parametrize("suffix", ["avi", "ts"])
 def test_zero_length_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"none.{suffix}"

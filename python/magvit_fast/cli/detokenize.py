@@ -14,6 +14,7 @@ from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import (
     Outcome,
     add_tokenizer_option,
+    check_output,
     implementation,
     load_tokenizer,
     running,
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> Outcome:
                 f"{args.tokens}: holds {len(ids)} clips of a training set, not one video; "
                 "give a file written by `magvit-fast tokenize`"
             )
+        check_output(args.output, args.tokens)
         began = time.perf_counter()
         with progress("detokenize", source.frames, "frames") as advance:
             video = tokenizer.decode_stream(ids.to(device))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 import magvit_fast as mf
 from magvit_fast.cli.clips import read_clip
+from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import (
     DEMO_MODEL,
     Outcome,
     add_tokenizer_option,
     add_transformer_option,
+    check_output,
     implementation,
     load_tokenizer,
     load_transformer,
@@ -25,6 +29,7 @@ from magvit_fast.cli.runtime import (
 )
 from magvit_fast.data.video import probe, write_video
 from magvit_fast.decoding import clip_geometry
+from magvit_fast.models import MaskedTransformer
 from magvit_fast.tasks import TASKS, ClipGeometry, get_task
 
 # MAGVIT, section 3.3 and table 10.
@@ -88,17 +93,20 @@ def run(args: argparse.Namespace) -> Outcome:
     with running(args) as device:
         tokenizer = load_tokenizer(args.tokenizer, device)
         transformer = load_transformer(args.transformer, device)
+        check_output(args.output, args.video)
         given = _given(args, clip_geometry(tokenizer, transformer))
+        options = decoding_options(args)
         began = time.perf_counter()
-        video = mf.generate(
-            tokenizer,
-            transformer,
-            task=args.task,
-            video=None if given is None else given.to(device),
-            class_id=args.class_id,
-            frames=args.frames,
-            **decoding_options(args),
-        ).cpu()
+        with _passes_shown(transformer, options, known=args.frames is None):
+            video = mf.generate(
+                tokenizer,
+                transformer,
+                task=args.task,
+                video=None if given is None else given.to(device),
+                class_id=args.class_id,
+                frames=args.frames,
+                **options,
+            ).cpu()
         elapsed = time.perf_counter() - began
         fps = args.fps or (probe(args.video).fps if args.video else 25.0)
         write_video(args.output, video[0], fps)
@@ -107,7 +115,7 @@ def run(args: argparse.Namespace) -> Outcome:
             "output": args.output,
             "shape": list(video.shape),
             "given_frames": 0 if given is None else given.shape[2],
-            **decoding_options(args),
+            **options,
             "fps": fps,
             "generate_seconds": elapsed,
             "impl": implementation(device),
@@ -123,6 +131,20 @@ def run(args: argparse.Namespace) -> Outcome:
         }
     )
     return Outcome(facts, text)
+
+
+@contextlib.contextmanager
+def _passes_shown(
+    transformer: MaskedTransformer, options: dict[str, Any], *, known: bool
+) -> Iterator[None]:
+    """A bar that moves with every pass of the transformer (guidance takes two a step)."""
+    total = options["steps"] * (2 if options["guidance"] else 1) if known else None
+    with progress("generate", total, "passes") as advance:
+        hook = transformer.register_forward_hook(lambda *_: advance(1))
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _given(args: argparse.Namespace, geometry: ClipGeometry) -> Tensor | None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
+import torch
+
 from magvit_fast import __version__
 from magvit_fast.cli import (
     bench,
@@ -100,8 +102,8 @@ def _show(outcome: Outcome, *, as_json: bool) -> None:
 
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError):
-        return f"out of memory ({message}); try a smaller video or batch"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in message:
+        return f"out of memory ({message}); take a smaller --size or fewer frames"
     if isinstance(error, _EXPECTED):
         return message
     return f"unexpected {type(error).__name__}: {message}; --debug shows where"

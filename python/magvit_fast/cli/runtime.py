@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from magvit_fast import _native
+from magvit_fast.data.atomic import atomic_path
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
 
@@ -123,6 +124,23 @@ def frame_size(text: str) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise argparse.ArgumentTypeError(f"expected positive sizes, got {text!r}")
     return height, width
+
+
+def check_output(path: str | Path, *inputs: str | Path | None) -> None:
+    """Find trouble with the destination before the work and not after it.
+
+    Raises FileWriteError (a directory, no place to write) and ValueError (it is also an input).
+    """
+    path = Path(path)
+    for source in inputs:
+        if source is not None and path.exists() and path.samefile(source):
+            raise ValueError(f"--output: {path} is also the input; choose another name")
+    with contextlib.suppress(_Rehearsed), atomic_path(path):
+        raise _Rehearsed
+
+
+class _Rehearsed(Exception):
+    """Ends a trial of writing before anything is replaced."""
 
 
 # --- models ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from magvit_fast.cli.progress import Advance, progress
 from magvit_fast.cli.runtime import (
     Outcome,
     add_tokenizer_option,
+    check_output,
     frame_size,
     implementation,
     load_tokenizer,
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> Outcome:
     with running(args) as device:
         tokenizer = load_tokenizer(args.tokenizer, device)
         video = probe(args.video)
+        check_output(args.output, args.video)
         size = args.size or _fitting_size(tokenizer, video)
         began = time.perf_counter()
         ids, frames = _encode(tokenizer, video, size, args, device)

@@ -27,6 +27,7 @@ from magvit_fast.errors import FileFormatError, MissingExtraError
 PathLike = str | os.PathLike[str]
 
 _DEFAULT_FPS = Fraction(25)  # for raw streams, which state none
+_HIGHEST_FPS = 1000
 # How files written here describe their pixels: BT.601 matrix, limited range (FFmpeg's numbers).
 _SMPTE170M, _LIMITED_RANGE = 6, 1
 
@@ -80,9 +81,10 @@ def _open_video(path: PathLike) -> Iterator[tuple[Any, Any]]:
         ) from error
     with container:
         if not container.streams.video:
-            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no stream"
+            kinds = " and ".join(sorted({stream.type for stream in container.streams}))
+            found = f"{kinds} only" if kinds else "no stream at all, it may be truncated"
             raise FileFormatError(
-                f"{path}: holds no video ({kinds} only); give a file with a video stream"
+                f"{path}: holds no video ({found}); give a file with a video stream"
             )
         stream = container.streams.video[0]
         if stream.codec_context is None:
@@ -165,8 +167,9 @@ def _rgb(frame: Any) -> NDArray[np.uint8]:
 
 
 def _fps(stream: Any) -> Fraction:
+    """Frames per second; a rate that no video has (broken time stamps) counts as unknown."""
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate
-    return Fraction(rate) if rate else _DEFAULT_FPS
+    return Fraction(rate) if rate and 0 < rate <= _HIGHEST_FPS else _DEFAULT_FPS
 
 
 def probe(path: PathLike) -> VideoInfo:
@@ -222,9 +225,16 @@ def iter_frames(
 def _iter_frames(
     path: Path, target: tuple[int, int] | None, start: int, stride: int
 ) -> Iterator[Tensor]:
+    shape: torch.Size | None = None
     with _open_video(path) as (container, stream):
         for frame in itertools.islice(_decode(path, container, stream), start, None, stride):
             image = torch.from_numpy(_rgb(frame)).permute(2, 0, 1).float().div_(255.0)
+            shape = image.shape if shape is None else shape
+            if target is None and image.shape != shape:
+                raise FileFormatError(
+                    f"{path}: its frames change from {tuple(shape[1:])} to {tuple(image.shape[1:])} "
+                    "pixels on the way; choose one size"
+                )
             yield image if target is None else center_crop_resize(image, target)
 
 
@@ -329,8 +339,8 @@ def write_frames(
 ) -> int:
     """`write_video` for a stream of frames [C=3, H, W] (memory: a few). Returns their count."""
     av = _av()
-    if not 0 < fps <= 1000:
-        raise ValueError(f"fps: expected a rate in (0, 1000], got {fps}")
+    if not 0 < fps <= _HIGHEST_FPS:
+        raise ValueError(f"fps: expected a rate in (0, {_HIGHEST_FPS}], got {fps}")
     if not 0 <= crf <= 51:
         raise ValueError(f"crf: expected a quality in [0, 51], got {crf}")
     count = 0
