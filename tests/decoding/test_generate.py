@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import magvit_fast as mf
-from magvit_fast.decoding import clip_geometry
+from magvit_fast.decoding import MaskedDecoding, clip_geometry, generate_tokens
 from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models import (
     MagvitV2Config,
@@ -234,3 +234,25 @@ def test_models_that_do_not_fit(tokenizer: MagvitV2Tokenizer) -> None:
         )
     with pytest.raises(ValueError, match="it has no classes"):
         mf.generate(tokenizer, make_transformer(num_classes=0), task="class_generation", class_id=0)
+
+
+@pytest.mark.cuda
+def test_cuda_draws_the_tokens_of_the_cpu(tokenizer: MagvitV2Tokenizer) -> None:
+    model, video = make_transformer(), clip(5)
+    settings = MaskedDecoding(steps=6, seed=3)
+    ids = []
+    for device in ("cpu", "cuda"):
+        tokenizer.to(device)
+        model.to(device)
+        ids.append(
+            generate_tokens(
+                tokenizer, model, TASKS["frame_prediction"], settings, video=video.to(device)
+            ).cpu()
+        )
+    tokenizer.cpu()
+    # the random numbers agree; a near tie may fall differently and change what follows
+    assert (ids[0] == ids[1]).float().mean() > 0.9
+    with pytest.raises(ValueError, match="video: expected device cuda"):
+        mf.generate(tokenizer.cuda(), model, task="frame_prediction", video=video)
+    with pytest.raises(ValueError, match="tokenizer: expected device cuda"):
+        mf.generate(tokenizer.cpu(), model, task="frame_prediction", video=video)

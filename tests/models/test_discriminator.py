@@ -172,3 +172,17 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(change))):
             dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.cuda
+def test_cuda_gives_the_logits_and_the_penalty_of_the_cpu() -> None:
+    model, video = Discriminator3D(TINY), torch.rand(2, 3, 5, 8, 12)
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        clip = video.to(device).requires_grad_()
+        logits = model(clip)
+        penalty = r1_penalty(logits, clip)
+        (gradient,) = torch.autograd.grad(penalty, model.conv_in.weight)
+        results.append([t.detach().double().cpu() for t in (logits, penalty, gradient)])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)

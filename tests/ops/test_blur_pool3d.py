@@ -48,6 +48,8 @@ def test_strides_formats_and_empty_batches() -> None:
     torch.testing.assert_close(mf.blur_pool3d(strided), expected)
     assert mf.blur_pool3d(x, (1, 2, 2)).shape == (2, 3, 5, 3, 4)
     assert mf.blur_pool3d(x[:0]).shape == (0, 3, 3, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mf.blur_pool3d(x).dtype == torch.bfloat16
     assert mf.blur_pool3d(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -71,3 +73,21 @@ def test_bad_input() -> None:
         mf.blur_pool3d(x[:, :, :0])
     with pytest.raises(NotImplementedError, match="blur_pool3d"):
         mf.blur_pool3d(x, impl="native")
+
+
+@pytest.mark.cuda
+def test_cuda_equals_the_cpu_and_captures() -> None:
+    x = torch.randint(-64, 64, (2, 8, 5, 9, 8)).float() / 64  # exact in every order of summation
+    on_gpu = x.cuda()
+    assert torch.equal(mf.blur_pool3d(on_gpu).cpu(), mf.blur_pool3d(x))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        mf.blur_pool3d(on_gpu)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mf.blur_pool3d(on_gpu)
+    on_gpu.neg_()
+    graph.replay()
+    assert torch.equal(out.cpu(), -mf.blur_pool3d(x))
