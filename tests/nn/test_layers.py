@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import magvit_fast as mf
+from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
 from magvit_fast.nn.blocks import ResBlock3d
 from magvit_fast.nn.norm import AdaptiveGroupNorm, GroupNormSiLU, group_count, upsample_nearest
 from magvit_fast.nn.resample import Upsample
@@ -224,3 +227,20 @@ def test_upsample_of_one_slot_keeps_the_last_frame(temporal: bool) -> None:
     x = torch.randn(1, 4, 1, 2, 2)
     whole = mf.depth_to_space3d(layer.conv(x), layer.factor)
     assert torch.equal(layer(x), whole[:, :, -1:])
+
+
+def test_norm_groups_reach_every_norm_of_the_tokenizer() -> None:
+    config = MagvitV2Config(
+        filters=8,
+        channel_multipliers=(1, 2),
+        temporal_downsample=(True,),
+        num_res_blocks=1,
+        num_bits=6,
+        norm_groups=4,
+    )
+    norms = [m for m in MagvitV2Tokenizer(config).modules() if hasattr(m, "num_groups")]
+    assert norms and all(m.num_groups == 4 for m in norms)
+    with pytest.raises(ValueError, match="channels"):
+        replace(config, norm_groups=3)
+    with pytest.raises(ValueError, match="groups"):
+        replace(config, norm_groups=0)

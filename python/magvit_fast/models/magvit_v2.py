@@ -38,6 +38,9 @@ class MagvitV2Config:
         num_bits: bits of a token = channels of the latent.
         in_channels: channels of the video.
         conv_shortcut: 3x3x3 instead of 1x1x1 shortcuts where a block changes the width.
+        norm_groups: groups of every group norm (each channel its own where there are fewer).
+            Below 64 filters the published 32 leave one channel a group, which takes the frame's
+            mean color out of every layer; a few wide groups then learn much faster.
         num_token_groups, entropy_groups, entropy_weight, entropy_balance, commitment_weight,
             temperature, entropy_eps, entropy_kind: see nn.quantize.LFQ.
     """
@@ -49,6 +52,7 @@ class MagvitV2Config:
     num_bits: int = 18
     in_channels: int = 3
     conv_shortcut: bool = False
+    norm_groups: int = 32
     num_token_groups: int = 1
     entropy_groups: int = 1
     entropy_weight: float = 0.1
@@ -74,7 +78,7 @@ class MagvitV2Config:
                 f"({len(self.channel_multipliers) - 1}), got {self.temporal_downsample}"
             )
         for width in self.widths:
-            group_count(width)
+            group_count(width, self.norm_groups)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -140,7 +144,7 @@ class DecoderLevel(nn.Module):
         super().__init__()
         widths = config.widths
         entry = widths[min(index + 1, len(widths) - 1)]
-        self.cond_norm = AdaptiveGroupNorm(entry, config.num_bits)
+        self.cond_norm = AdaptiveGroupNorm(entry, config.num_bits, groups=config.norm_groups)
         self.blocks = _blocks(config, entry, widths[index])
         self.up = (
             None
@@ -162,7 +166,12 @@ def _blocks(config: MagvitV2Config, in_channels: int, out_channels: int) -> nn.M
     count = config.num_res_blocks
     widths = [in_channels] + [out_channels] * count
     return nn.ModuleList(
-        ResBlock3d(widths[i], widths[i + 1], conv_shortcut=config.conv_shortcut)
+        ResBlock3d(
+            widths[i],
+            widths[i + 1],
+            conv_shortcut=config.conv_shortcut,
+            norm_groups=config.norm_groups,
+        )
         for i in range(count)
     )
 
@@ -176,7 +185,7 @@ class Encoder(nn.Module):
         self.conv_in = CausalConv3d(config.in_channels, widths[0], 3, bias=False)
         self.levels = nn.ModuleList(EncoderLevel(config, i) for i in range(len(widths)))
         self.mid_blocks = _blocks(config, widths[-1], widths[-1])
-        self.norm_out = GroupNormSiLU(widths[-1])
+        self.norm_out = GroupNormSiLU(widths[-1], groups=config.norm_groups)
         self.conv_out = CausalConv3d(widths[-1], config.num_bits, 1)
         self.checkpointed: frozenset[int] = frozenset()
 
@@ -200,7 +209,7 @@ class Decoder(nn.Module):
         self.mid_blocks = _blocks(config, widths[-1], widths[-1])
         # In the order of execution: the deepest level first.
         self.levels = nn.ModuleList(DecoderLevel(config, i) for i in reversed(range(len(widths))))
-        self.norm_out = GroupNormSiLU(widths[0])
+        self.norm_out = GroupNormSiLU(widths[0], groups=config.norm_groups)
         self.conv_out = CausalConv3d(widths[0], config.in_channels, 3)
         self.checkpointed: frozenset[int] = frozenset()
 

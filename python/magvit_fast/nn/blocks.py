@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from magvit_fast.nn.conv import CausalConv3d
-from magvit_fast.nn.norm import GroupNormSiLU
+from magvit_fast.nn.norm import MAX_GROUPS, GroupNormSiLU
 from magvit_fast.nn.stream import StreamState
 
 
@@ -16,11 +16,18 @@ class ResBlock3d(nn.Module):
     `conv_shortcut`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, conv_shortcut: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        conv_shortcut: bool = False,
+        norm_groups: int = MAX_GROUPS,
+    ) -> None:
         super().__init__()
-        self.norm1 = GroupNormSiLU(in_channels)
+        self.norm1 = GroupNormSiLU(in_channels, groups=norm_groups)
         self.conv1 = CausalConv3d(in_channels, out_channels, 3, bias=False)
-        self.norm2 = GroupNormSiLU(out_channels)
+        self.norm2 = GroupNormSiLU(out_channels, groups=norm_groups)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3, bias=False)
         self.shortcut = (
             CausalConv3d(in_channels, out_channels, 3 if conv_shortcut else 1, bias=False)

@@ -13,17 +13,19 @@ EPS = 1e-6
 MAX_GROUPS = 32
 
 
-def group_count(channels: int) -> int:
-    """32 groups; below 32 channels each channel is its own group (as in Google's port).
+def group_count(channels: int, groups: int = MAX_GROUPS) -> int:
+    """`groups` groups; with fewer channels each channel is its own (as in Google's port).
 
     Raises:
-        ValueError: 32 or more channels that are no multiple of 32.
+        ValueError: groups is below 1, or channels are more than groups but no multiple of them.
     """
-    if channels < 1 or (channels > MAX_GROUPS and channels % MAX_GROUPS):
+    if groups < 1:
+        raise ValueError(f"groups: expected 1 or more, got {groups}")
+    if channels < 1 or (channels > groups and channels % groups):
         raise ValueError(
-            f"channels: expected fewer than {MAX_GROUPS} or a multiple of it, got {channels}"
+            f"channels: expected fewer than {groups} or a multiple of it, got {channels}"
         )
-    return min(channels, MAX_GROUPS)
+    return min(channels, groups)
 
 
 class GroupNormSiLU(nn.Module):
@@ -33,10 +35,16 @@ class GroupNormSiLU(nn.Module):
     the one).
     """
 
-    def __init__(self, channels: int, *, activation: Literal["silu"] | None = "silu") -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int = MAX_GROUPS,
+        activation: Literal["silu"] | None = "silu",
+    ) -> None:
         super().__init__()
         self.channels = channels
-        self.num_groups = group_count(channels)
+        self.num_groups = group_count(channels, groups)
         self.activation: Literal["silu"] | None = activation
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -72,11 +80,11 @@ class AdaptiveGroupNorm(nn.Module):
     are applied before the condition is repeated to x's resolution: the same values for less work.
     """
 
-    def __init__(self, channels: int, condition_channels: int) -> None:
+    def __init__(self, channels: int, condition_channels: int, *, groups: int = MAX_GROUPS) -> None:
         super().__init__()
         self.channels = channels
         self.condition_channels = condition_channels
-        self.num_groups = group_count(channels)
+        self.num_groups = group_count(channels, groups)
         self.scale = nn.Linear(condition_channels, channels)
         self.shift = nn.Linear(condition_channels, channels)
         for linear in (self.scale, self.shift):
