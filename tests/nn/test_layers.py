@@ -239,7 +239,8 @@ def test_norm_groups_reach_every_norm_of_the_tokenizer() -> None:
         norm_groups=4,
     )
     norms = [m for m in MagvitV2Tokenizer(config).modules() if hasattr(m, "num_groups")]
-    assert norms and all(m.num_groups == 4 for m in norms)
+    assert norms
+    assert all(m.num_groups == 4 for m in norms)
     with pytest.raises(ValueError, match="channels"):
         replace(config, norm_groups=3)
     with pytest.raises(ValueError, match="groups"):

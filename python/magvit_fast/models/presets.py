@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_res_blocks": 2,
             "num_bits": 18,
         },
-        # The model of `magvit-fast demo`: 17x64x64 -> 5x8x8 = 320 tokens of 12 bits. Its 3.7M
+        # The model of `magvit-fast demo`: 17x64x64 -> 5x8x8 = 320 tokens of 16 bits. Its 3.7M
         # parameters take 7.4 MB as float16, of the 16 MB for all shipped weights (a last width of
         # 128 would take 17.9 MB).
         "magvit-v2-demo": {
@@ -30,7 +30,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "channel_multipliers": (1, 2, 4, 4),
             "temporal_downsample": (False, True, True),
             "num_res_blocks": 1,
-            "num_bits": 12,
+            "num_bits": 16,
+            "norm_groups": 4,
             "num_token_groups": 2,
         },
     },
@@ -45,15 +46,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_subtokens": 2,
             "subtoken_size": 512,
         },
-        # The model of `magvit-fast demo`: 320 tokens of 12 bits.
+        # The model of `magvit-fast demo`: 320 tokens of 16 bits; 3.6M parameters.
         "magvit-v2-demo": {
             "hidden_size": 256,
-            "num_layers": 6,
+            "num_layers": 5,
             "num_heads": 4,
-            "mlp_size": 1024,
+            "mlp_size": 768,
             "grid": (5, 8, 8),
             "num_subtokens": 2,
-            "subtoken_size": 64,
+            "subtoken_size": 256,
         },
     },
     "Discriminator3D": {
