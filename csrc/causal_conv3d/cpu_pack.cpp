@@ -10,48 +10,79 @@
 namespace magvit_fast::cpu {
 namespace {
 
-constexpr index_t kChunk =
-    4;  // channels packed together: the lines they are scattered to stay in L1
+template <class To, class From>
+struct Convert {
+  static To of(From x) { return from_float<To>(to_float(x)); }
+};
+template <class T>
+struct Convert<T, T> {
+  static T of(T x) { return x; }
+};
 
-// Channels [k0, k0 + kChunk) of one block of columns; to = packed + position(tap, k, column).
-template <class From, class To, class Position>
-void pack_chunk(const From* from, const WeightView& w, index_t k0, index_t padded_reduce,
-                index_t columns, index_t padded_columns, To* packed, const Position& position) {
-  for (index_t k = k0; k < k0 + kChunk && k < padded_reduce; ++k)
-    for (index_t c = 0; c < padded_columns; ++c) {
-      const bool inside = k < w.reduce && c < columns;
-      const From* source = from + k * w.reduce_stride + c * w.column_stride;
-      for (index_t tap = 0; tap < w.taps; ++tap)
-        packed[position(tap, k, c)] =
-            inside ? from_float<To>(to_float(source[tap])) : from_float<To>(0.0f);
-    }
-}
+// Transposed through a buffer in the L1 cache: rows of the packed form lie a power of two apart,
+// and scattering single elements to them would fight over a few cache sets.
+constexpr index_t kBuffer = 8192;
+
+template <class From, class To>
+class Packer {
+ public:
+  Packer(const WeightView& w, To* packed, index_t block, index_t lanes, bool pairs)
+      : w_(w), packed_(packed), block_(block), unit_(pairs ? 2 : 1) {
+    padded_ = round_up(w.columns, lanes);
+    rows_ = ceil_div(w.reduce, unit_);
+    tap_step_ = w.taps < kBuffer / (block * unit_) ? w.taps : kBuffer / (block * unit_);
+    row_step_ = kBuffer / (tap_step_ * block * unit_);
+    if (row_step_ > 8) row_step_ = 8;
+    blocks_ = ceil_div(padded_, block);
+    row_chunks_ = ceil_div(rows_, row_step_);
+    tap_chunks_ = ceil_div(w.taps, tap_step_);
+  }
+  index_t chunks() const { return w_.groups * blocks_ * row_chunks_ * tap_chunks_; }
+
+  void run(index_t chunk) const {
+    const index_t tap0 = chunk % tap_chunks_ * tap_step_;
+    const index_t row0 = chunk / tap_chunks_ % row_chunks_ * row_step_;
+    const index_t first = chunk / tap_chunks_ / row_chunks_ % blocks_ * block_;
+    const index_t group = chunk / tap_chunks_ / row_chunks_ / blocks_;
+    const index_t taps = least(tap_step_, w_.taps - tap0), rows = least(row_step_, rows_ - row0);
+    const index_t columns = least(block_, padded_ - first), width = columns * unit_;
+    To buffer[kBuffer];
+    const From* from = static_cast<const From*>(w_.data) + group * w_.group_stride +
+                       first * w_.column_stride + tap0;
+    for (index_t c = 0; c < columns; ++c)
+      for (index_t r = 0; r < rows * unit_; ++r) {  // channel row0 * unit + r
+        const index_t k = row0 * unit_ + r;
+        const bool inside = k < w_.reduce && first + c < w_.columns;
+        const From* source = from + k * w_.reduce_stride + c * w_.column_stride;
+        To* to = buffer + r / unit_ * taps * width + c * unit_ + r % unit_;
+        if (inside)
+          for (index_t tap = 0; tap < taps; ++tap)
+            to[tap * width] = Convert<To, From>::of(source[tap]);
+        else
+          for (index_t tap = 0; tap < taps; ++tap) to[tap * width] = To{};
+      }
+    To* block = packed_ + (group * padded_ + first) * w_.taps * rows_ * unit_;
+    for (index_t r = 0; r < rows; ++r)
+      for (index_t tap = 0; tap < taps; ++tap)
+        std::memcpy(block + ((tap0 + tap) * rows_ + row0 + r) * width,
+                    buffer + (r * taps + tap) * width,
+                    sizeof(To) * static_cast<std::size_t>(width));
+  }
+
+ private:
+  static index_t least(index_t a, index_t b) { return a < b ? a : b; }
+
+  const WeightView& w_;
+  To* packed_;
+  index_t block_, unit_;  // unit: channels side by side in a packed row
+  index_t padded_, rows_, tap_step_, row_step_, blocks_, row_chunks_, tap_chunks_;
+};
 
 template <class From, class To>
 void pack(const WeightView& w, To* packed, index_t block, index_t lanes, bool pairs, int threads) {
-  const index_t reduce = pairs ? round_up(w.reduce, index_t{2}) : w.reduce;
-  const index_t padded = round_up(w.columns, lanes);
-  const index_t blocks = ceil_div(padded, block), chunks = ceil_div(reduce, kChunk);
-  parallel_ranges(w.groups * blocks * chunks, threads, [&](index_t begin, index_t end, int) {
-    for (index_t i = begin; i < end; ++i) {
-      const index_t chunk = i % chunks, b = i / chunks % blocks, g = i / chunks / blocks;
-      const index_t first = b * block;
-      const index_t padded_columns = padded - first < block ? padded - first : block;
-      const index_t columns = w.columns - first < block ? w.columns - first : block;
-      const From* from =
-          static_cast<const From*>(w.data) + g * w.group_stride + first * w.column_stride;
-      To* to = packed + (g * padded + first) * w.taps * reduce;
-      if (pairs)
-        pack_chunk(from, w, chunk * kChunk, reduce, columns, padded_columns, to,
-                   [&](index_t tap, index_t k, index_t c) {
-                     return ((tap * (reduce / 2) + k / 2) * padded_columns + c) * 2 + k % 2;
-                   });
-      else
-        pack_chunk(from, w, chunk * kChunk, reduce, columns, padded_columns, to,
-                   [&](index_t tap, index_t k, index_t c) {
-                     return (tap * reduce + k) * padded_columns + c;
-                   });
-    }
+  const Packer<From, To> packer(w, packed, block, lanes, pairs);
+  parallel_ranges(packer.chunks(), threads, [&](index_t begin, index_t end, int) {
+    for (index_t i = begin; i < end; ++i) packer.run(i);
   });
 }
 

@@ -17,7 +17,13 @@ constexpr int kVectors = 4;
 constexpr int kVectors = 2;
 #endif
 constexpr index_t kPanelBytes = 256 * 1024;  // a piece of the weights that stays in the L2 cache
-constexpr int kMaxRows = 64;                 // (frame, row) pairs handed to a tile at once
+constexpr index_t kChain = 128;              // products that are added up before they join the sums
+// Products of bfloat16 need no such care: the rounding of the result is far coarser.
+template <class T>
+constexpr bool kChained = false;
+template <>
+constexpr bool kChained<float> = true;
+constexpr int kMaxRows = 64;  // (frame, row) pairs handed to a tile at once
 
 // A source row and the weights of its (kt, kh).
 struct SourceRow {
@@ -88,20 +94,28 @@ inline __attribute__((always_inline)) void multiply(vf (&acc)[MR][NV], const bf1
 index_t packed_rows(index_t reduce, const bf16_t*) { return round_up(reduce, index_t{2}); }
 #endif
 
-template <class T, int MR, int NV>
-void run_tile(const Tile& tile) {
-  constexpr int kColumns = NV * kLanes;
-  vf acc[MR][NV] = {};
-  if (tile.accumulate) {
+// sums (+)= acc, and acc starts anew: short chains of additions keep float32 as exact as it can be.
+template <int MR, int NV>
+inline __attribute__((always_inline)) void flush(vf (&acc)[MR][NV], float* sums, bool accumulate) {
+  MF_UNROLL
+  for (int i = 0; i < MR; ++i) {
     MF_UNROLL
-    for (int i = 0; i < MR; ++i) {
-      MF_UNROLL
-      for (int j = 0; j < NV; ++j) acc[i][j] = load(tile.sums + i * kColumns + j * kLanes);
+    for (int j = 0; j < NV; ++j) {
+      float* to = sums + (i * NV + j) * kLanes;
+      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
+      acc[i][j] = vf{};
     }
   }
+}
+
+template <class T, int MR, int NV>
+void run_tile(const Tile& tile) {
+  vf acc[MR][NV] = {};
+  bool accumulate = tile.accumulate;
   const T* zeros = static_cast<const T*>(tile.zeros);
   const WidthGather& width = *tile.width;
-  const index_t panel_step = packed_rows(tile.reduce, static_cast<const T*>(nullptr)) * kColumns;
+  const index_t panel_step = packed_rows(tile.reduce, static_cast<const T*>(nullptr)) * NV * kLanes;
+  index_t chain = 0;
   for (int r = 0; r < tile.num_rows; ++r) {
     const T* pixels = static_cast<const T*>(tile.rows[r].pixels);
     const T* panel = static_cast<const T*>(tile.rows[r].panel);
@@ -115,14 +129,27 @@ void run_tile(const Tile& tile) {
         a[i] = offset[i] >= 0 ? pixels + offset[i] : zeros;
       }
       if (all < 0) continue;
-      multiply<MR, NV>(acc, a, panel + width.slot_tap[slot] * panel_step, tile.reduce);
+      const T* b = panel + width.slot_tap[slot] * panel_step;
+      if (!kChained<T>) {
+        multiply<MR, NV>(acc, a, b, tile.reduce);
+        continue;
+      }
+      for (index_t left = tile.reduce; left > 0;) {
+        const index_t depth = left < kChain ? left : kChain;
+        multiply<MR, NV>(acc, a, b, depth);
+        left -= depth;
+        b += depth * NV * kLanes;
+        MF_UNROLL
+        for (int i = 0; i < MR; ++i) a[i] += depth;
+        chain += depth;
+        if (chain < kChain / 2) continue;
+        flush(acc, tile.sums, accumulate);
+        accumulate = true;
+        chain = 0;
+      }
     }
   }
-  MF_UNROLL
-  for (int i = 0; i < MR; ++i) {
-    MF_UNROLL
-    for (int j = 0; j < NV; ++j) store(tile.sums + i * kColumns + j * kLanes, acc[i][j]);
-  }
+  if (chain || !accumulate || !kChained<T>) flush(acc, tile.sums, accumulate);
 }
 
 typedef void (*TileFunction)(const Tile&);

@@ -98,12 +98,7 @@ struct Operands {
 template <class P, int MS, int NV>
 void add_tile(const Operands<P>& o, float* sums) {
   constexpr int kColumns = NV * kLanes;
-  vf acc[MS][NV];
-  MF_UNROLL
-  for (int i = 0; i < MS; ++i) {
-    MF_UNROLL
-    for (int j = 0; j < NV; ++j) acc[i][j] = load(sums + i * kColumns + j * kLanes);
-  }
+  vf acc[MS][NV] = {};
   const typename P::Element* scalars = o.scalars;
   const typename P::Element* vectors = o.vectors;
   for (index_t p = 0; p < o.count; ++p, scalars += o.scalar_stride, vectors += kColumns) {
@@ -120,7 +115,10 @@ void add_tile(const Operands<P>& o, float* sums) {
   MF_UNROLL
   for (int i = 0; i < MS; ++i) {
     MF_UNROLL
-    for (int j = 0; j < NV; ++j) store(sums + i * kColumns + j * kLanes, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {  // one short chain of additions a block of pixels
+      float* to = sums + i * kColumns + j * kLanes;
+      store(to, load(to) + acc[i][j]);
+    }
   }
 }
 

@@ -1,0 +1,88 @@
+"""causal_conv3d: forward and both gradients against the two layouts of PyTorch's convolution.
+
+PyTorch pays for its own padding in the forward pass (F.pad, as every implementation in PyTorch does)
+and gets its gradients of the padded tensor without undoing the padding, which is in its favor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import magvit_fast as mf
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+pytestmark = pytest.mark.bench
+
+PROBLEMS = [
+    p
+    for p in tomllib.loads((Path(__file__).parent / "problems" / "causal_conv3d.toml").read_text())[
+        "problem"
+    ]
+    if p.get("bench")
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _native(
+    x: Tensor, w: Tensor, b: Tensor, dy: Tensor, p: dict, work: str
+) -> Callable[[], object]:
+    stride = p.get("stride", 1)
+    if work == "forward":
+        return lambda: mf.causal_conv3d(x, w, b, stride=stride, impl="native")
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = mf.causal_conv3d(x, w, b, stride=stride, impl="native")
+    wanted = x if work == "input_grad" else w
+    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+
+def _torch(x: Tensor, w: Tensor, b: Tensor, dy: Tensor, p: dict, work: str) -> Callable[[], object]:
+    stride = p.get("stride", [1, 1, 1])
+    kt, kh, kw = p.get("kernel", (3, 3, 3))
+    pads = [(kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2, kt - 1, 0]
+    inner = [0, pads[2], pads[0]]  # what the convolution itself can pad: equal on both sides
+    if pads[0] == pads[1] and pads[2] == pads[3]:
+        pads[:4] = [0, 0, 0, 0]
+    else:
+        inner = [0, 0, 0]
+    if work == "forward":
+        return lambda: F.conv3d(F.pad(x, pads), w, b, stride, inner)
+    padded = F.pad(x, pads).detach().requires_grad_()
+    w = w.detach().requires_grad_()
+    y = F.conv3d(padded, w, b, stride, inner)
+    wanted = padded if work == "input_grad" else w
+    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+
+@pytest.mark.parametrize("impl", ["native", "torch_contiguous", "torch_channels_last"])
+@pytest.mark.parametrize("work", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p["name"])
+def test_causal_conv3d(benchmark, problem: dict, dtype: str, work: str, impl: str) -> None:
+    torch.manual_seed(0)
+    (c_in, c_out), kernel = problem["channels"], problem.get("kernel", (3, 3, 3))
+    x = torch.randn(1, c_in, *problem["size"]).to(DTYPES[dtype])
+    w = torch.randn(c_out, c_in, *kernel).to(DTYPES[dtype])
+    b = torch.randn(c_out).to(DTYPES[dtype])
+    if impl != "torch_contiguous":
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    if impl == "torch_channels_last":
+        w = w.contiguous(memory_format=torch.channels_last_3d)
+    with torch.no_grad():
+        y = mf.causal_conv3d(x, w, b, stride=problem.get("stride", 1))
+    dy = torch.randn_like(y)
+    run = (_native if impl == "native" else _torch)(x, w, b, dy, problem, work)
+    benchmark.group = f"causal_conv3d {problem['name']} {dtype} {work}"
+    benchmark.extra_info["impl"] = impl
+    if impl == "native" and "target" in problem:
+        benchmark.extra_info["target"] = problem["target"]
+    benchmark(run)
