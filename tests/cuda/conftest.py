@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from tests.cuda import emulation
 
 from magvit_fast import _native
-from tests.cuda import emulation
 
 
 @pytest.fixture(scope="session")

@@ -110,6 +110,12 @@ T atomicAdd(T* p, U value) {
   return before;
 }
 template <class T, class U>
+T atomicMin(T* p, U value) {
+  const T before = *p;
+  *p = before < static_cast<T>(value) ? before : static_cast<T>(value);
+  return before;
+}
+template <class T, class U>
 T atomicOr(T* p, U value) {
   const T before = *p;
   *p = static_cast<T>(before | value);
