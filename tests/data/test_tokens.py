@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,12 +16,13 @@ from magvit_fast.data.order import Draw
 from magvit_fast.data.tokens import (
     TokenClips,
     TokenHeader,
-    TokenShardWriter,
+    finished_shard,
     id_dtype,
     load_tokens,
     save_tokens,
     tokenizer_fingerprint,
     write_index,
+    write_shard,
 )
 from magvit_fast.errors import FileFormatError
 
@@ -35,10 +37,17 @@ def some_ids(n: int, bits: int = 18) -> torch.Tensor:
 @pytest.fixture
 def shards(tmp_path):
     ids = some_ids(10)
-    with TokenShardWriter(tmp_path, HEADER, shard_size=4) as writer:
-        for i in range(0, 10, 3):
-            writer.add(ids[i : i + 3], class_ids=torch.arange(10)[i : i + 3])
-    write_index(tmp_path, HEADER, writer.shards, class_names=("x", "y"))
+    entries = [
+        write_shard(
+            tmp_path / f"tokens-000-{i:05d}.safetensors",
+            HEADER,
+            f"job {i}",
+            ids=ids[4 * i : 4 * i + 4],
+            class_ids=torch.arange(10)[4 * i : 4 * i + 4],
+        )
+        for i in range(3)
+    ]
+    write_index(tmp_path, HEADER, entries, class_names=("x", "y"))
     return tmp_path, ids
 
 
@@ -72,9 +81,10 @@ def test_shards_read_back_in_order(shards):
 
 
 def test_condition_ids_are_kept(tmp_path):
-    with TokenShardWriter(tmp_path, HEADER) as writer:
-        writer.add(some_ids(2), condition_ids=some_ids(2) ^ 1)
-    write_index(tmp_path, HEADER, writer.shards)
+    entry = write_shard(
+        tmp_path / "t.safetensors", HEADER, "", ids=some_ids(2), condition_ids=some_ids(2) ^ 1
+    )
+    write_index(tmp_path, HEADER, [entry])
     assert torch.equal(TokenClips(tmp_path)[Draw(0, 1)]["condition_ids"], some_ids(2)[1] ^ 1)
 
 
@@ -85,17 +95,16 @@ def test_without_an_index_there_is_no_data_set(shards):
         TokenClips(folder)
 
 
-def test_an_interrupted_writer_leaves_only_whole_shards(tmp_path):
-    def interrupted():
-        with TokenShardWriter(tmp_path, HEADER, shard_size=4) as writer:
-            writer.add(some_ids(6))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    files = list(tmp_path.iterdir())
-    assert [f.name for f in files] == ["tokens-000-00000.safetensors"]
-    assert len(load_tokens(files[0])[1]["ids"]) == 4
+def test_only_whole_shards_of_the_same_job_are_taken_up_again(shards):
+    folder, _ = shards
+    path = folder / "tokens-000-00001.safetensors"
+    index = json.loads((folder / "index.json").read_text())
+    assert finished_shard(path, HEADER, "job 1") == index["shards"][1]
+    assert finished_shard(path, HEADER, "job 2") is None
+    assert finished_shard(path, dataclasses.replace(HEADER, fingerprint="x"), "job 1") is None
+    assert finished_shard(folder / "absent.safetensors", HEADER, "job 1") is None
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert finished_shard(path, HEADER, "job 1") is None
 
 
 @pytest.mark.parametrize("where", [0, 60, -1])

@@ -60,6 +60,28 @@ def test_condition_tokens_are_stored_where_they_differ(tmp_path, tokenizer):
     assert torch.equal(item["condition_ids"], model.encode(repeated)[0])
 
 
+def test_interrupted_tokenization_is_taken_up_again(tmp_path, tokenizer, monkeypatch):
+    recipe = transformer_recipe(tmp_path, tokenizer, steps=1)
+    encode, calls = MagvitV2Tokenizer.encode, []
+
+    def counted(self, video):
+        calls.append(len(video))
+        if sum(calls) > 6 and len(calls) == 5:  # in the third shard
+            raise KeyboardInterrupt
+        return encode(self, video)
+
+    monkeypatch.setattr(MagvitV2Tokenizer, "encode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train_transformer(recipe, progress=False)
+    assert calls == [2, 1, 2, 1, 2]
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "tokens").iterdir()}
+    assert len(kept) == 2
+    train_transformer(recipe, progress=False)
+    assert calls == [2, 1, 2, 1, 2, 2]
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in kept.items())
+    assert TokenClips(tmp_path / "tokens").num_clips == 8
+
+
 @pytest.mark.parametrize(
     ("name", "given", "differs"),
     [

@@ -7,11 +7,13 @@ batches.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict
 
@@ -66,6 +68,9 @@ class ClipSource(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def identity(self) -> str: ...  # equal for equal items
 
     def __getitem__(self, draw: Draw) -> Sample: ...
 
@@ -152,6 +157,13 @@ class VideoClips:
     def num_stills(self) -> int:
         return len(self.files)
 
+    @property
+    def identity(self) -> str:
+        """Hash of everything that items depend on but the files' content."""
+        files = [(str(f), n) for f, n in zip(self.files, self.lengths, strict=True)]
+        facts = [files, self.frames, self.size, self.seed, asdict(self.augmentation)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def __getitem__(self, draw: Draw) -> Sample:
         """The clip of this draw. A file that cannot be decoded gives way to the next one."""
         pool: Sequence[int] = range(len(self.files)) if draw.still else self._clips
@@ -202,6 +214,7 @@ class SceneClips:
             raise ValueError(f"count: expected at least one scene, got {count}")
         self.num_clips = self.num_stills = count
         self.frames, self.size, self.first = frames, size, first
+        self.identity = f"scenes from {first}, {frames} frames of {size} pixels"
 
     def __getitem__(self, draw: Draw) -> Sample:
         clip = render_clip(self.first + draw.index, self.frames, self.size)  # uint8 [T, H, W, 3]

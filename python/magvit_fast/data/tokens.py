@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -111,10 +110,12 @@ def save_tokens(
     *,
     condition_ids: Tensor | None = None,
     class_ids: Tensor | None = None,
+    job: str = "",
 ) -> str:
     """Write one token file, whole or not at all; returns its checksum.
 
-    ids, condition_ids: int64 [N, T', H', W'] on header.grid. class_ids: int64 [N].
+    ids, condition_ids: int64 [N, T', H', W'] on header.grid. class_ids: int64 [N]. job: see
+    `write_shard`.
     Raises ValueError for ids of another grid or outside the header's range.
     """
     tensors = {"ids": _packed("ids", ids, header)}
@@ -130,6 +131,7 @@ def save_tokens(
         "version": str(VERSION),
         "header": json.dumps(asdict(header)),
         "checksum": checksum,
+        "job": job,
     }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
@@ -192,62 +194,32 @@ def read_header(path: str | os.PathLike[str]) -> tuple[TokenHeader, dict[str, st
     return header, metadata
 
 
-class TokenShardWriter:
-    """Writes clips of ids into shards of `shard_size`, each appearing whole as soon as it is full.
+def write_shard(
+    path: str | os.PathLike[str], header: TokenHeader, job: str, **tensors: Tensor
+) -> dict[str, Any]:
+    """`save_tokens` for one shard of a set; returns its entry for `write_index`.
 
-    name: tells writers apart that fill one folder together (one a process). `write_index` ends the
-    job.
+    job: says what the shard was made from, so that an interrupted run can take it up again.
     """
+    path = Path(path)
+    checksum = save_tokens(path, header, job=job, **tensors)
+    return {"file": path.name, "count": len(tensors["ids"]), "checksum": checksum}
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        header: TokenHeader,
-        *,
-        shard_size: int = 4096,
-        name: str = "000",
-    ) -> None:
-        if shard_size < 1:
-            raise ValueError(f"shard_size: expected at least 1, got {shard_size}")
-        self.folder, self.header, self.shard_size, self.name = (
-            Path(folder),
-            header,
-            shard_size,
-            name,
-        )
-        self.shards: list[dict[str, Any]] = []
-        self._waiting: list[dict[str, Tensor]] = []
 
-    def add(self, ids: Tensor, **extra: Tensor | None) -> None:
-        """Add ids int64 [B, T', H', W']; extra: condition_ids and class_ids of `save_tokens`."""
-        batch = {"ids": ids, **{name: value for name, value in extra.items() if value is not None}}
-        self._waiting += [{k: v[i].cpu() for k, v in batch.items()} for i in range(len(ids))]
-        while len(self._waiting) >= self.shard_size:
-            self._write(self.shard_size)
-
-    def close(self) -> None:
-        """Write what is left as the last, smaller shard."""
-        if self._waiting:
-            self._write(len(self._waiting))
-
-    def _write(self, count: int) -> None:
-        rows, self._waiting = self._waiting[:count], self._waiting[count:]
-        tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        file = f"tokens-{self.name}-{len(self.shards):05d}.safetensors"
-        checksum = save_tokens(self.folder / file, self.header, **tensors)
-        self.shards.append({"file": file, "count": count, "checksum": checksum})
-
-    def __enter__(self) -> TokenShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
+def finished_shard(
+    path: str | os.PathLike[str], header: TokenHeader, job: str
+) -> dict[str, Any] | None:
+    """The entry of a shard that an interrupted run has left whole, None if it is missing, damaged or
+    of another job."""
+    path = Path(path)
+    try:
+        found, metadata = read_header(path)
+        if found != header or metadata.get("job") != job:
+            return None
+        count = len(load_tokens(path)[1]["ids"])
+    except FileFormatError:
+        return None
+    return {"file": path.name, "count": count, "checksum": metadata["checksum"]}
 
 
 def write_index(
@@ -257,7 +229,7 @@ def write_index(
     *,
     class_names: tuple[str, ...] = (),
 ) -> None:
-    """Declare the shards (entries of TokenShardWriter.shards, in order) a complete data set."""
+    """Declare the shards (entries of `write_shard`, in order) a complete data set."""
     content = {
         "format": FORMAT,
         "version": VERSION,

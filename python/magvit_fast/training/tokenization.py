@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from magvit_fast.data.order import Draw
 from magvit_fast.data.tokens import (
     INDEX,
     TokenClips,
     TokenHeader,
-    TokenShardWriter,
+    finished_shard,
     tokenizer_fingerprint,
     write_index,
+    write_shard,
 )
 from magvit_fast.errors import MissingExtraError
 from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
@@ -71,6 +75,7 @@ def _write(
     fingerprint: str,
     progress: bool,
 ) -> None:
+    """This process's shards, then the index. Shards that an interrupted run has left are kept."""
     from accelerate.utils import gather_object
 
     source = open_clips(config.data, config.run.seed, quiet=not accelerator.is_main_process)
@@ -80,44 +85,65 @@ def _write(
     geometry = clip_geometry(tokenizer, config.data.frames, config.data.size)
     condition = task if condition_differs(task, geometry, tokenizer.config.time_stride) else None
     header = TokenHeader(fingerprint, tokenizer.config.num_bits, geometry.grid, geometry.size)
-    tokenizer = tokenizer.to(accelerator.device).eval()
-    writer = TokenShardWriter(
-        config.tokens.path, header, shard_size=config.tokens.shard_size, name=f"{rank:03d}"
-    )
-    with writer, _bar(len(mine), progress and accelerator.is_main_process) as bar:
-        for batch in _loader(source, mine, config):
-            video = batch["video"].to(accelerator.device)
-            ids, condition_ids = _encode(accelerator, tokenizer, video, condition, geometry)
-            classes = batch["class_id"] if source.class_names else None
-            writer.add(ids, condition_ids=condition_ids, class_ids=classes)
-            bar.update(len(video))
-    shards = gather_object(writer.shards)
+    encoder = _Encoder(accelerator, config, tokenizer, condition, geometry)
+    shards = []
+    with _bar(len(mine), progress and accelerator.is_main_process) as bar:
+        for number, first in enumerate(range(0, len(mine), config.tokens.shard_size)):
+            part = mine[first : first + config.tokens.shard_size]
+            path = Path(config.tokens.path) / f"tokens-{rank:03d}-{number:05d}.safetensors"
+            job = _job(source, part, condition)
+            entry = finished_shard(path, header, job)
+            if entry is None:
+                entry = write_shard(path, header, job, **encoder(source, part, bar))
+            else:
+                bar.update(len(part))
+            shards.append(entry)
+    shards = gather_object(shards)
     if accelerator.is_main_process:
         write_index(config.tokens.path, header, shards, class_names=source.class_names)
     accelerator.wait_for_everyone()
 
 
-@torch.inference_mode()
-def _encode(
-    accelerator: Any,
-    tokenizer: MagvitV2Tokenizer,
-    video: Tensor,
-    task: Task | None,
-    geometry: ClipGeometry,
-) -> tuple[Tensor, Tensor | None]:
-    # Full precision whatever the recipe: a bit near zero must not depend on the training dtype.
-    ids = tokenizer.encode(video)
-    if task is None:
-        return ids, None
-    return ids, tokenizer.encode(task.condition_video(video, geometry))
+def _job(source: Any, draws: list[Draw], condition: Task | None) -> str:
+    """What a shard is made from, but for the tokenizer (which the header names)."""
+    facts = [source.identity, [(d.epoch, d.index) for d in draws], repr(condition)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def _loader(source: Any, draws: list[Draw], config: TransformerTraining) -> Any:
-    from torch.utils.data import DataLoader
+class _Encoder:
+    """Draws of a source -> ids, condition_ids where they differ, class_ids where there are labels."""
 
-    size = config.tokens.batch_size
-    batches = [draws[i : i + size] for i in range(0, len(draws), size)]
-    return DataLoader(source, batch_sampler=batches, num_workers=config.run.workers)
+    def __init__(
+        self,
+        accelerator: Any,
+        config: TransformerTraining,
+        tokenizer: MagvitV2Tokenizer,
+        condition: Task | None,
+        geometry: ClipGeometry,
+    ) -> None:
+        self.device, self.config = accelerator.device, config
+        self.tokenizer = tokenizer.to(accelerator.device).eval()
+        self.condition, self.geometry = condition, geometry
+
+    @torch.inference_mode()
+    def __call__(self, source: Any, draws: list[Draw], bar: Any) -> dict[str, Tensor]:
+        size = self.config.tokens.batch_size
+        batches = [draws[i : i + size] for i in range(0, len(draws), size)]
+        loader = DataLoader(source, batch_sampler=batches, num_workers=self.config.run.workers)
+        rows: dict[str, list[Tensor]] = {}
+        for batch in loader:
+            # Full precision whatever the recipe: a bit near zero must not depend on it.
+            video = batch["video"].to(self.device)
+            found = {"ids": self.tokenizer.encode(video)}
+            if self.condition is not None:
+                padded = self.condition.condition_video(video, self.geometry)
+                found["condition_ids"] = self.tokenizer.encode(padded)
+            if source.class_names:
+                found["class_ids"] = batch["class_id"]
+            for name, value in found.items():
+                rows.setdefault(name, []).append(value.cpu())
+            bar.update(len(video))
+        return {name: torch.cat(values) for name, values in rows.items()}
 
 
 def _bar(total: int, shown: bool) -> Any:
