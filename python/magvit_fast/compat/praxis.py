@@ -16,6 +16,8 @@ Parameter names there are paths such as `encoder/res_blocks_3/conv_0/w`, often s
     encoder/conv_downsample_layers_i            after level i, shallow to deep
     decoder/cond_norm_layers_j,
     decoder/conv_upsample_layers_j              in the order of execution: j = 0 is the deepest
+    discriminator: res_blocks_i/conv_residual   the skip branch of block i
+    discriminator: proj/mlp_layers_{0,1}        the two dense layers (linear/w and bias/b)
 
 Activations are (B, T, H, W, C) there and [B, C, T, H, W] here: `to_channels_first` and
 `to_channels_last` convert.
