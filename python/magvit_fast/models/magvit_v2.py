@@ -177,7 +177,7 @@ def _blocks(config: MagvitV2Config, in_channels: int, out_channels: int) -> nn.M
 
 
 class Encoder(nn.Module):
-    """[B, C, T, H, W] -> latent [B, D, T', H', W'] before the sign."""
+    """[B, C, T, H, W] -> latent [B, D, T', H', W'] before the sign. Odd sizes round up per level."""
 
     def __init__(self, config: MagvitV2Config) -> None:
         super().__init__()
