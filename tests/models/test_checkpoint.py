@@ -250,7 +250,7 @@ def test_a_hub_id_is_downloaded(
     model = MagvitV2Tokenizer.from_pretrained("some/model", revision="v1", subfolder="model")
     assert torch.equal(model.encoder.conv_in.weight, make().encoder.conv_in.weight)
     assert asked == [("some/model", "v1", ["model/config.json", "model/model.safetensors"])]
-    with pytest.raises(FileFormatError, match="hub could not deliver it: 404 Client Error$"):
+    with pytest.raises(FileFormatError, match=r"hub could not deliver it: 404 Client Error$"):
         MagvitV2Tokenizer.from_pretrained("some/missing")
 
 
