@@ -33,13 +33,15 @@ struct WeightGradItem {
 
 constexpr index_t kGradPixels = 96;      // output pixels packed at a time
 constexpr index_t kScalarChannels = 64;  // most scalar channels of an item
+constexpr index_t kScalarRows = 64;      // most (tap, scalar channel) pairs of one product
+constexpr index_t kScalarStride = kScalarRows + 16;  // packed: the last pair may be a whole vector
 
 // float32 elements of one thread's memory: sums [taps][scalar][vector], then the packed pixels.
 constexpr index_t weight_grad_sums(index_t taps, index_t isa) {
   return taps * kScalarChannels * gather_columns(static_cast<int>(isa));
 }
 constexpr index_t weight_grad_packed(index_t isa) {
-  return kGradPixels * (kScalarChannels + gather_columns(static_cast<int>(isa)));
+  return kGradPixels * (kScalarStride + gather_columns(static_cast<int>(isa)));
 }
 
 MF_DECLARE_SIMD(void, conv3d_weight_grad,

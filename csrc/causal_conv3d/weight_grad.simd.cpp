@@ -22,13 +22,14 @@ constexpr int kScalars = 6;  // register tile: 6 scalar channels x kVectors vect
 // --- packing: pixels in the order in which the products read them
 // -----------------------------------
 
-// [pixels][stride] in float32; a null pixel is zero, and so are the channels up to `stride`.
+// to[pixel * stride + 0 .. width) in float32, width in whole vectors; a null pixel is zero, and so
+// is what lies beyond `channels`.
 template <class T>
-void pack_pixels(const T* const* pixels, index_t count, index_t channels, index_t stride,
-                 float* to) {
+void pack_pixels(const T* const* pixels, index_t count, index_t channels, index_t width, float* to,
+                 index_t stride) {
   for (index_t p = 0; p < count; ++p, to += stride) {
     const T* from = pixels[p];
-    for (index_t c = 0; c < stride; c += kLanes) {
+    for (index_t c = 0; c < width; c += kLanes) {
       const index_t left = channels - c;
       vf v = {};
       if (from && left >= kLanes) v = load(from + c);
@@ -42,9 +43,9 @@ struct Single {  // float32 products
   typedef float Element;
   static constexpr index_t kPixels = 1;  // of one packed element
   template <class T>
-  static void pack(const T* const* pixels, index_t count, index_t channels, index_t stride,
-                   float* to) {
-    pack_pixels(pixels, count, channels, stride, to);
+  static void pack(const T* const* pixels, index_t count, index_t channels, index_t width,
+                   float* to, index_t stride) {
+    pack_pixels(pixels, count, channels, width, to, stride);
   }
   typedef vf Vector;
   static Vector vector(const float* p) { return load(p); }
@@ -59,15 +60,14 @@ struct Pair {  // bfloat16 products, two pixels at a time: the packed element ho
   static vu bits(const bf16_t* from, index_t left) {
     if (!from || left <= 0) return vu{};
     if (left >= kLanes) return __builtin_convertvector(load_as<vh>(from), vu);
-    bf16_t some[kLanes] = {};
-    std::memcpy(some, from, sizeof(bf16_t) * static_cast<std::size_t>(left));
-    return __builtin_convertvector(load_as<vh>(some), vu);
+    const __m256i some = _mm256_maskz_loadu_epi16(first_lanes(static_cast<int>(left)), from);
+    return (vu)_mm512_cvtepu16_epi32(some);
   }
-  static void pack(const bf16_t* const* pixels, index_t count, index_t channels, index_t stride,
-                   std::uint32_t* to) {
+  static void pack(const bf16_t* const* pixels, index_t count, index_t channels, index_t width,
+                   std::uint32_t* to, index_t stride) {
     for (index_t p = 0; p < count; p += 2, to += stride) {
       const bf16_t* second = p + 1 < count ? pixels[p + 1] : nullptr;
-      for (index_t c = 0; c < stride; c += kLanes) {
+      for (index_t c = 0; c < width; c += kLanes) {
         const bf16_t* low = pixels[p] ? pixels[p] + c : nullptr;
         const bf16_t* high = second ? second + c : nullptr;
         store_as(to + c, bits(low, channels - c) | (bits(high, channels - c) << 16));
@@ -188,13 +188,17 @@ class Item {
     vectors_ = item.vector_end - item.vector_begin;
     scalars_ = item.scalar_end - item.scalar_begin;
     columns_ = round_up(vectors_, index_t{kLanes});
-    scalar_stride_ = round_up(scalars_, index_t{kLanes});
+    // Taps that share a product, side by side on the axis of the moving side, so that it is long
+    // enough.
+    const index_t taps = item.tap_end - item.tap_begin;
+    chunk_ = p.vector_is_output ? kScalarRows / scalars_ : kVectors * kLanes / columns_;
+    if (chunk_ < 1) chunk_ = 1;
+    if (chunk_ > taps) chunk_ = taps;
     sums_ = memory;
-    packed_scalars_ = reinterpret_cast<Element*>(
-        sums_ + weight_grad_sums(item.tap_end - item.tap_begin, static_cast<index_t>(kLevel)));
-    packed_vectors_ = packed_scalars_ + kGradPixels * kScalarChannels;
-    for (index_t i = 0; i < (item.tap_end - item.tap_begin) * scalars_ * columns_; ++i)
-      sums_[i] = 0.0f;
+    packed_scalars_ =
+        reinterpret_cast<Element*>(sums_ + weight_grad_sums(taps, static_cast<index_t>(kLevel)));
+    packed_vectors_ = packed_scalars_ + kGradPixels * kScalarStride;
+    for (index_t i = 0; i < taps * scalars_ * columns_; ++i) sums_[i] = 0.0f;
   }
 
   void run() {
@@ -219,50 +223,79 @@ class Item {
   static constexpr int kLevel = 0;
 #endif
 
-  void pack_side(bool output, const T* const* pixels, index_t count) {
+  // Row stride of the packed scalars when `taps` of them stand side by side.
+  index_t scalar_stride(index_t taps) const {
+    return (taps - 1) * scalars_ + round_up(scalars_, index_t{kLanes});
+  }
+
+  // One tap (the `place`-th of `taps`) of one side. A scalar tap is written in whole vectors; the
+  // zeros behind it are overwritten by the next tap, so taps must come in order.
+  void pack_side(bool output, const T* const* pixels, index_t count, index_t place, index_t taps) {
     if (output == p_.vector_is_output)
-      P::pack(pixels, count, vectors_, columns_, packed_vectors_);
+      P::pack(pixels, count, vectors_, columns_, packed_vectors_ + place * columns_,
+              taps * columns_);
     else
-      P::pack(pixels, count, scalars_, scalar_stride_, packed_scalars_);
+      P::pack(pixels, count, scalars_, round_up(scalars_, index_t{kLanes}),
+              packed_scalars_ + place * scalars_, scalar_stride(taps));
   }
 
   // Output pixels [h0, h1) x [w0, w1) of frame t, against every tap of the item.
   void add_block(index_t n, index_t t, index_t h0, index_t h1, index_t w0, index_t w1) {
     const T* pixels[kGradPixels];
-    const index_t out_first = p_.vector_is_output ? item_.vector_begin : item_.scalar_begin;
-    const index_t in_first = p_.vector_is_output ? item_.scalar_begin : item_.vector_begin;
-    const index_t count = (h1 - h0) * (w1 - w0);
-    const T* out = frame_of<T>(p_.output, n, t) + item_.group * p_.out_group + out_first;
+    const index_t count = (h1 - h0) * (w1 - w0), taps = item_.tap_end - item_.tap_begin;
+    const index_t channel = p_.vector_is_output ? item_.vector_begin : item_.scalar_begin;
+    const T* out = frame_of<T>(p_.output, n, t) + item_.group * p_.out_group + channel;
     index_t i = 0;
     for (index_t h = h0; h < h1; ++h)
       for (index_t w = w0; w < w1; ++w)
         pixels[i++] = out + (h * p_.output.width + w) * p_.output.channels;
-    pack_side(true, pixels, count);
-    for (index_t tap = item_.tap_begin; tap < item_.tap_end; ++tap) {
-      const index_t kw = tap % p_.kernel_w, kh = tap / p_.kernel_w % p_.kernel_h;
-      const index_t kt = tap / p_.kernel_w / p_.kernel_h;
-      const std::int32_t frame = p_.t_source[kt * p_.output.late_frames + t];
-      if (frame < 0) continue;
-      const T* in = frame_of<T>(p_.source, n, frame) + item_.group * p_.in_group + in_first;
-      const std::int32_t* columns = p_.w_source + kw * p_.output.width;
+    pack_side(true, pixels, count, 0, 1);
+    for (index_t first = 0; first < taps; first += chunk_) {
+      const index_t some = first + chunk_ < taps ? chunk_ : taps - first;
       bool any = false;
-      i = 0;
-      for (index_t h = h0; h < h1; ++h) {
-        const std::int32_t row = p_.h_source[kh * p_.output.height + h];
-        const T* base = in + row * p_.source.width * p_.source.channels;
-        for (index_t w = w0; w < w1; ++w) {
-          const bool inside = row >= 0 && columns[w] >= 0;
-          pixels[i++] = inside ? base + columns[w] : nullptr;
-          any |= inside;
-        }
+      for (index_t place = 0; place < some; ++place) {
+        any |= find_sources(n, t, h0, h1, w0, w1, item_.tap_begin + first + place, pixels);
+        if (any || some > 1) pack_side(false, pixels, count, place, some);
       }
       if (!any) continue;
-      pack_side(false, pixels, count);
-      add_products<P>(
-          {packed_scalars_, packed_vectors_, ceil_div(count, P::kPixels), scalar_stride_},
-          static_cast<int>(columns_ / kLanes), scalars_,
-          sums_ + (tap - item_.tap_begin) * scalars_ * columns_);
+      const bool scalars_move = p_.vector_is_output;
+      add_products<P>({packed_scalars_, packed_vectors_, ceil_div(count, P::kPixels),
+                       scalar_stride(scalars_move ? some : 1)},
+                      static_cast<int>((scalars_move ? 1 : some) * columns_ / kLanes),
+                      (scalars_move ? some : 1) * scalars_, sums_ + first * scalars_ * columns_);
     }
+  }
+
+  // The source pixels that a tap meets at these output pixels, null where it meets padding with
+  // zeros.
+  bool find_sources(index_t n, index_t t, index_t h0, index_t h1, index_t w0, index_t w1,
+                    index_t tap, const T** pixels) const {
+    const index_t kw = tap % p_.kernel_w, kh = tap / p_.kernel_w % p_.kernel_h;
+    const index_t kt = tap / p_.kernel_w / p_.kernel_h;
+    const std::int32_t frame = p_.t_source[kt * p_.output.late_frames + t];
+    const index_t channel = p_.vector_is_output ? item_.scalar_begin : item_.vector_begin;
+    const T* in =
+        frame_of<T>(p_.source, n, frame < 0 ? 0 : frame) + item_.group * p_.in_group + channel;
+    const std::int32_t* columns = p_.w_source + kw * p_.output.width;
+    bool any = false;
+    for (index_t h = h0; h < h1; ++h) {
+      const std::int32_t row = p_.h_source[kh * p_.output.height + h];
+      const T* base = in + row * p_.source.width * p_.source.channels;
+      for (index_t w = w0; w < w1; ++w) {
+        const bool inside = frame >= 0 && row >= 0 && columns[w] >= 0;
+        *pixels++ = inside ? base + columns[w] : nullptr;
+        any |= inside;
+      }
+    }
+    return any;
+  }
+
+  // Where sums_ keeps a tap's product of a scalar and a vector channel.
+  index_t place_of(index_t tap, index_t scalar, index_t vector) const {
+    if (p_.vector_is_output) return (tap * scalars_ + scalar) * columns_ + vector;
+    const index_t first = tap / chunk_ * chunk_, taps = item_.tap_end - item_.tap_begin;
+    const index_t some = first + chunk_ < taps ? chunk_ : taps - first;
+    return first * scalars_ * columns_ + (scalar * some + tap - first) * columns_ + vector;
   }
 
   void write() const {
@@ -275,16 +308,16 @@ class Item {
         const index_t ci = p_.vector_is_output ? scalar : vector;
         T* to = static_cast<T*>(p_.dweight) + (co * p_.in_group + ci) * all_taps + item_.tap_begin;
         for (index_t tap = 0; tap < taps; ++tap)
-          to[tap] = from_float<T>(sums_[(tap * scalars_ + s) * columns_ + v]);
+          to[tap] = from_float<T>(sums_[place_of(tap, s, v)]);
       }
   }
 
   const WeightGradParams& p_;
   const WeightGradItem& item_;
-  index_t vectors_, scalars_, columns_, scalar_stride_;
-  float* sums_;              // [taps][scalars][columns]
-  Element* packed_scalars_;  // [pixels][scalar_stride]
-  Element* packed_vectors_;  // [pixels][columns]
+  index_t vectors_, scalars_, columns_, chunk_;
+  float* sums_;              // by place_of
+  Element* packed_scalars_;  // [pixels][scalar_stride(taps)]
+  Element* packed_vectors_;  // [pixels][taps][columns]
 };
 
 }  // namespace

@@ -42,7 +42,9 @@ static inline void store_as(void* p, V v) {
 }
 
 static inline vf load(const float* p) { return load_as<vf>(p); }
-static inline vf load(const bf16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+static inline vf load(const bf16_t* p) {
+  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+}
 static inline vf load(const f16_t* p) {
 #if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
   return (vf)_mm512_cvtph_ps(load_as<__m256i>(p));
@@ -88,6 +90,34 @@ static inline void store_some(T* p, vf v, int n) {
   store(buffer, v);
   std::memcpy(p, buffer, sizeof(T) * static_cast<unsigned>(n));
 }
+
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+// The same with the masks of this level: a copy of unknown length is a call.
+static inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+static inline vf load_some(const float* p, int n) {
+  return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+static inline vf load_some(const bf16_t* p, int n) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+static inline vf load_some(const f16_t* p, int n) {
+  return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+static inline void store_some(float* p, vf v, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+static inline void store_some(bf16_t* p, vf v, int n) {
+  bf16_t all[kLanes];
+  store(all, v);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), load_as<__m256i>(all));
+}
+static inline void store_some(f16_t* p, vf v, int n) {
+  f16_t all[kLanes];
+  store(all, v);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), load_as<__m256i>(all));
+}
+#endif
 
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vf min(vf a, vf b) { return a < b ? a : b; }
