@@ -15,6 +15,7 @@ from magvit_fast.ops import (
     lfq_codes,
     lfq_entropy,
     lfq_quantize,
+    vq_nearest,
 )
 
 __version__ = "0.1.0"
@@ -35,4 +36,5 @@ __all__ = [
     "lfq_quantize",
     "models",
     "tasks",
+    "vq_nearest",
 ]

@@ -43,11 +43,10 @@ from magvit_fast.models.discriminator import (
     Discriminator3D,
     DiscriminatorBlock,
     DiscriminatorConfig,
-    SameConv3d,
 )
 from magvit_fast.models.magvit_v2 import Decoder, Encoder, MagvitV2Config, MagvitV2Tokenizer
 from magvit_fast.nn.blocks import ResBlock3d
-from magvit_fast.nn.conv import CausalConv3d
+from magvit_fast.nn.conv import CausalConv3d, SameConv3d
 from magvit_fast.nn.norm import AdaptiveGroupNorm, GroupNormSiLU
 from magvit_fast.nn.resample import Upsample
 

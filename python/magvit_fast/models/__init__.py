@@ -1,13 +1,17 @@
 """The models: one file a system."""
+
 from __future__ import annotations
 
 from magvit_fast.models.discriminator import Discriminator3D, DiscriminatorConfig
+from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
 from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer, TokenizerOutput
 from magvit_fast.models.masked_transformer import MaskedTransformer, MaskedTransformerConfig
 
 __all__ = [
     "Discriminator3D",
     "DiscriminatorConfig",
+    "MagvitConfig",
+    "MagvitTokenizer",
     "MagvitV2Config",
     "MagvitV2Tokenizer",
     "MaskedTransformer",

@@ -11,12 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magvit_fast import ops
 from magvit_fast.models.checkpoint import PretrainedMixin
+from magvit_fast.nn.conv import SameConv3d
 
 Pooling = Literal["blur", "average"]
 
@@ -104,20 +104,6 @@ class DiscriminatorBlock(nn.Module):
             return ops.blur_pool3d(x, filter_size=self.blur_size)
         # padding cells of an odd axis are not counted
         return F.avg_pool3d(x, 2, ceil_mode=True, count_include_pad=False)
-
-
-class SameConv3d(nn.Module):
-    """`ops.causal_conv3d` with stride 1, an odd kernel and zeros on both sides."""
-
-    def __init__(self, channels: int, out_channels: int, kernel: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.padding = (kernel // 2,) * 6
-        self.weight = nn.Parameter(torch.empty(out_channels, channels, kernel, kernel, kernel))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        nn.init.xavier_uniform_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.causal_conv3d(x, self.weight, self.bias, padding=self.padding)
 
 
 class Discriminator3D(PretrainedMixin, nn.Module):

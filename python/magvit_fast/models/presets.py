@@ -35,6 +35,34 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_token_groups": 2,
         },
     },
+    "MagvitTokenizer": {
+        # MAGVIT, table 1 and the released configs: 40.6M parameters, 16x128x128 -> 4x16x16.
+        "magvit-b": {"filters": 64},
+        # 157.8M parameters.
+        "magvit-l": {"filters": 128},
+        # The BAIR layout, 16x64x64 -> 4x16x16: 36.6M and 141.9M parameters.
+        "magvit-b-64": {
+            "filters": 64,
+            "channel_multipliers": (1, 2, 4),
+            "temporal_downsample": (True, True),
+        },
+        "magvit-l-64": {
+            "filters": 128,
+            "channel_multipliers": (1, 2, 4),
+            "temporal_downsample": (True, True),
+        },
+        # The 2D tokenizers that inflation starts from: 13.8M and 53.1M parameters.
+        "magvit-2d-b": {
+            "filters": 64,
+            "temporal_downsample": (False, False, False),
+            "frame_by_frame": True,
+        },
+        "magvit-2d-l": {
+            "filters": 128,
+            "temporal_downsample": (False, False, False),
+            "frame_by_frame": True,
+        },
+    },
     "MaskedTransformer": {
         # MAGVIT-v2's transformer for 17x128x128 video: 306.9M parameters with 101 classes (num_classes=101).
         "magvit-v2-l": {

@@ -1,6 +1,9 @@
-"""The causal 3D convolution as a layer, with a memory for streaming."""
+"""3D convolutions as layers: causal, with a memory for streaming, and two-sided."""
 
 from __future__ import annotations
+
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,4 +105,80 @@ class CausalConv3d(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, bias={self.bias is not None}"
+        )
+
+
+class SameConv3d(nn.Module):
+    """3D convolution padded on both sides, so that time is seen both ways (MAGVIT; discriminators).
+
+    With pad_mode "zeros" the padding is TensorFlow's SAME rule, which depends on the length of the
+    axis where the stride is above one; with "replicate" and "reflect" it is (k - 1) // 2 before and
+    k // 2 after. Both give ceil(n / stride) outputs for odd kernels of stride 1 or even ones of
+    stride 2.
+
+    Args:
+        in_channels, out_channels: widths.
+        kernel_size, stride: an int or three ints (t, h, w).
+        bias: whether a bias is added; it starts at zero.
+        pad_mode: of time and space. "reflect" needs axes longer than the padding.
+        init: "xavier" (uniform; the discriminators) or "lecun" (normal of variance 1 / fan-in, cut
+            at two deviations; flax's default, used by MAGVIT's tokenizer).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int] = 3,
+        stride: int | tuple[int, int, int] = 1,
+        *,
+        bias: bool = True,
+        pad_mode: PadMode = "zeros",
+        init: Literal["xavier", "lecun"] = "xavier",
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = triple("kernel_size", kernel_size)
+        self.stride = triple("stride", stride)
+        self.pad_mode: PadMode = pad_mode
+        self.init: Literal["xavier", "lecun"] = init
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.init == "lecun":
+            fan_in = self.in_channels * math.prod(self.kernel_size)
+            # A unit normal cut at two deviations has the deviation 0.8796...
+            std = math.sqrt(1.0 / fan_in) / 0.87962566103423978
+            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        else:
+            nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)]."""
+        padding: list[int] = []
+        for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride, strict=True):
+            if self.pad_mode == "zeros":
+                total = max((-(-n // s) - 1) * s + k - n, 0)
+                padding += [total // 2, total - total // 2]
+            else:
+                padding += [(k - 1) // 2, k // 2]
+        return ops.causal_conv3d(
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=padding,
+            time_mode=self.pad_mode,
+            space_mode=self.pad_mode,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, bias={self.bias is not None}, pad_mode={self.pad_mode!r}"
         )

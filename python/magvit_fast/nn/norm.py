@@ -1,4 +1,4 @@
-"""Per-frame group normalization, plain and adaptive."""
+"""Group normalization, per frame or over the clip, plain and adaptive."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def group_count(channels: int, groups: int = MAX_GROUPS) -> int:
 class GroupNormSiLU(nn.Module):
     """Group norm over (H, W, C / groups) of each frame, then SiLU unless `activation` is None.
 
+    With `per_frame` False the statistics span time too (MAGVIT); that is not causal.
     `weight` multiplies directly; Google's port stores it as an offset from one (compat.praxis adds
     the one).
     """
@@ -41,10 +42,12 @@ class GroupNormSiLU(nn.Module):
         *,
         groups: int = MAX_GROUPS,
         activation: Literal["silu"] | None = "silu",
+        per_frame: bool = True,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.num_groups = group_count(channels, groups)
+        self.per_frame = per_frame
         self.activation: Literal["silu"] | None = activation
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -52,7 +55,13 @@ class GroupNormSiLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> the same shape."""
         return ops.group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, eps=EPS, activation=self.activation
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            eps=EPS,
+            per_frame=self.per_frame,
+            activation=self.activation,
         )
 
     def extra_repr(self) -> str:

@@ -1,5 +1,7 @@
 """The ops: one file each, one name from here down to the kernels."""
 
+from __future__ import annotations
+
 from magvit_fast.ops.blur_pool3d import blur_pool3d
 from magvit_fast.ops.causal_conv3d import causal_conv3d
 from magvit_fast.ops.confidence_remask import confidence_remask
@@ -9,6 +11,7 @@ from magvit_fast.ops.group_norm_silu import group_norm_silu
 from magvit_fast.ops.lfq_codes import lfq_codes
 from magvit_fast.ops.lfq_entropy import lfq_entropy
 from magvit_fast.ops.lfq_quantize import lfq_quantize
+from magvit_fast.ops.vq_nearest import vq_nearest
 
 __all__ = [
     "blur_pool3d",
@@ -20,4 +23,5 @@ __all__ = [
     "lfq_codes",
     "lfq_entropy",
     "lfq_quantize",
+    "vq_nearest",
 ]
