@@ -22,15 +22,6 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalon
 ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Forked processes must find no pool of threads that they do not have; sums keep one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def fork(job: str, folder: Path) -> None:
     """The worker in two processes forked from this one (which saves importing torch again)."""
     from accelerate import debug_launcher

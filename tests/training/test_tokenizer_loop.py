@@ -156,12 +156,12 @@ def test_result_is_the_averaged_tokenizer(tmp_path):
 def test_it_learns(tmp_path):
     data = dataclasses.replace(SCENES, scenes=2)
     weights = TokenizerLossWeights(adversarial=0.0)
-    recipe = tokenizer_recipe(tmp_path, steps=40, batch_size=2, data=data, loss=weights)
+    recipe = tokenizer_recipe(tmp_path, steps=25, batch_size=2, data=data, loss=weights)
     recipe = dataclasses.replace(
         recipe, optimizer=dataclasses.replace(recipe.optimizer, learning_rate=3e-3)
     )
     history = train_tokenizer(recipe, progress=False).history
-    assert history[-1]["psnr"] > history[0]["psnr"] + 3.0
+    assert history[-1]["psnr"] > history[0]["psnr"] + 2.0
     assert "discriminator_adversarial" not in history[0]
 
 

@@ -1,0 +1,17 @@
+"""One thread for the tests of this folder: their tensors are tiny, and forked processes must find no
+pool of threads that they do not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
