@@ -70,6 +70,8 @@ def test_half_precision_storage(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], value.half().float())
     low = MagvitV2Tokenizer.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     assert low.encoder.conv_in.weight.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"dtype: expected a floating-point dtype, got torch\.int8"):
+        MagvitV2Tokenizer.from_pretrained(tmp_path / "half", dtype=torch.int8)
 
 
 def test_a_weight_beyond_half_precision_is_refused(tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def test_bad_input() -> None:
         ValueError, match=r"video: expected \[B, 3, 5, 8, 12\], got \(1, 3, 5, 8, 8\)"
     ):
         model(torch.rand(1, 3, 5, 8, 8))
+    with pytest.raises(TypeError, match="video: expected a floating-point dtype"):
+        model(torch.zeros(1, 3, 5, 8, 12, dtype=torch.uint8))
     for change in (
         {"clip": (0, 8, 8)},
         {"channel_multipliers": ()},

@@ -345,7 +345,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
         exact, low = model.encoder(video), half.encoder(video.to(dtype))
         assert low.dtype == dtype
         assert (low.float() - exact).abs().max() < 30 * torch.finfo(dtype).eps * exact.abs().max()
-        assert half.decode(half.encode(video.to(dtype))).dtype == dtype
+        ids = half.encode(video.to(dtype))
+        assert half.decode(ids).dtype == dtype
+        assert torch.equal(half.encode(video.to(dtype).double()), ids)  # any dtype is taken
 
 
 def test_autocast_bfloat16() -> None:
@@ -404,6 +406,8 @@ def test_encode_and_decode_compile_without_a_graph_break() -> None:
 
 def test_wrong_types() -> None:
     model = tiny()
+    with pytest.raises(TypeError, match=r"chunk_slots: expected an int, got float 1\.5"):
+        next(model.encode_stream(torch.zeros(1, 3, 5, 16, 16), chunk_slots=1.5))
     with pytest.raises(
         TypeError, match=r"video: expected a floating-point Tensor, got torch.uint8"
     ):

@@ -205,6 +205,10 @@ def test_bad_inputs_name_the_argument() -> None:
         model(tokens[:, :5])
     with pytest.raises(TypeError, match="tokens: expected int64"):
         model(tokens.int())
+    with pytest.raises(TypeError, match="tokens: expected a Tensor, got list"):
+        model(tokens.tolist())
+    with pytest.raises(TypeError, match=r"class_id: expected int64, got torch\.float32"):
+        model(tokens, mask, class_id=torch.tensor([1.0, 1.0]))
     with pytest.raises(ValueError, match="mask: expected bool"):
         model(tokens, mask.float())
     with pytest.raises(ValueError, match=r"class_id: expected int64 \[2\]"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from magvit_fast.decoding.masked import MaskedDecoding, Noise, Predict, decode_masked
 from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.ops._checks import check_int, check_number
 from magvit_fast.tasks.registry import ClipGeometry, FrameTask, Task, get_task
 
 
@@ -92,14 +93,16 @@ def generate(
             clip too short, models that do not fit each other; the message names the argument and
             both sides.
     """
-    chosen = get_task(task) if isinstance(task, str) else task
+    chosen = task if isinstance(task, Task) else get_task(task)
     geometry = clip_geometry(tokenizer, transformer)
     settings = MaskedDecoding(
         steps=steps,
         schedule=schedule,
         temperature=temperature,
         choice_temperature=choice_temperature,
-        guidance=guidance if isinstance(guidance, Guidance) else Guidance(float(guidance)),
+        guidance=guidance
+        if isinstance(guidance, Guidance)
+        else Guidance(check_number("guidance", guidance)),
         seed=seed,
     )
     video = _checked_video(chosen, geometry, video)
@@ -236,7 +239,10 @@ def _checked_classes(
         raise ValueError(f"transformer: it has no classes, but task {task.name} needs one")
     if class_id is None:
         raise ValueError(f"class_id: task {task.name} needs one in 0..{count - 1}, got None")
-    classes = torch.as_tensor(class_id).reshape(-1).cpu()
+    try:
+        classes = torch.as_tensor(class_id).reshape(-1).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"class_id: expected an int or ints, got {class_id!r}") from error
     if classes.is_floating_point() or classes.dtype == torch.bool:
         raise TypeError(f"class_id: expected ints, got {classes.dtype}")
     if not isinstance(class_id, int) and batch not in (None, len(classes)):
@@ -264,8 +270,8 @@ def _check_devices(
 
 def _count_windows(task: Task, geometry: ClipGeometry, frames: int | None) -> tuple[int, int]:
     """How many clips make `frames` frames, and by how many frames they overlap."""
-    if frames is not None and frames < 1:
-        raise ValueError(f"frames: expected 1 or more, got {frames}")
+    if frames is not None:
+        check_int("frames", frames, least=1)
     if frames is None or frames <= geometry.frames:
         return 1, 0
     if not isinstance(task, FrameTask) or task.last:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from magvit_fast import ops
 from magvit_fast.decoding.schedules import Guidance, unknown_counts
+from magvit_fast.ops._checks import check_int, check_number
 
 # (tokens int64 [B, N], mask bool [B, N]) -> logits [B, N, G, V]
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -42,11 +43,11 @@ class MaskedDecoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.counts(1)  # raises for a bad schedule or number of steps
+        check_int("steps", self.steps, least=1)
+        check_int("seed", self.seed, least=0)
+        self.counts(1)  # raises for a bad schedule
         for name in ("temperature", "choice_temperature"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: expected a finite value of 0 or more, got {value}")
+            check_number(name, getattr(self, name), least=0.0)
 
     def counts(self, num_tokens: int) -> list[int]:
         """Unknown tokens after each step. The last step leaves none, whatever the schedule says."""

@@ -79,8 +79,11 @@ class PretrainedMixin(nn.Module):
         Raises:
             FileFormatError: a file is missing, unreadable, truncated, of another model or version,
                 or does not fit its config. The message names the file.
+            TypeError: dtype is no floating-point dtype.
             MissingExtraError: a hub id without huggingface_hub installed.
         """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype!r}")
         directory = _resolve(source, revision, subfolder)
         config = _read_config(directory / CONFIG_NAME, cls)
         try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from magvit_fast import ops
 from magvit_fast.models.checkpoint import PretrainedMixin
 from magvit_fast.nn.conv import SameConv3d
+from magvit_fast.ops._checks import check_tensor
 
 Pooling = Literal["blur", "average"]
 
@@ -135,6 +136,7 @@ class Discriminator3D(PretrainedMixin, nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, video: Tensor) -> Tensor:
+        check_tensor("video", video, floating=True)
         expected = (self.config.in_channels, *self.config.clip)
         shape = list(video.shape[1:])
         if self.config.takes_images and video.dim() == 5 and shape[1] == 1:

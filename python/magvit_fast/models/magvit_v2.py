@@ -22,7 +22,7 @@ from magvit_fast.nn.norm import AdaptiveGroupNorm, GroupNormSiLU, group_count
 from magvit_fast.nn.quantize import LFQ, EntropyKind
 from magvit_fast.nn.resample import Downsample, Upsample
 from magvit_fast.nn.stream import StreamState, rechunk
-from magvit_fast.ops._checks import values_can_be_read
+from magvit_fast.ops._checks import check_int, values_can_be_read
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Decoder(nn.Module):
 
 
 def _positive(name: str, value: int) -> int:
-    if value < 1:
+    if check_int(name, value) < 1:
         raise ValueError(f"{name}: expected a positive int, got {value}")
     return value
 
@@ -238,6 +238,8 @@ def _run(level: nn.Module, recompute: bool, *args: Tensor | StreamState | None) 
 
 class MagvitV2Tokenizer(PretrainedMixin):
     """Video <-> tokens. Videos are [B, C, T, H, W] in [0, 1]; ids int64 [B, T', H', W'].
+
+    Videos of any floating dtype are taken; what comes out has the dtype of the weights.
 
     Example:
         >>> tokenizer = MagvitV2Tokenizer.from_preset("magvit-v2-demo").eval()
@@ -398,7 +400,8 @@ class MagvitV2Tokenizer(PretrainedMixin):
             )
         if h < 1 or w < 1 or h % s or w % s:
             raise ValueError(f"video: expected height and width in multiples of {s}, got {h} x {w}")
-        return video.contiguous(memory_format=torch.channels_last_3d)
+        dtype = self.encoder.conv_in.weight.dtype
+        return video.to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
     @staticmethod
     def _check_finite(video: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from magvit_fast.models.checkpoint import PretrainedMixin
 from magvit_fast.nn.embedding import TokenEmbedding
 from magvit_fast.nn.transformer import PostNormLayer
+from magvit_fast.ops._checks import check_tensor
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
         prompt_id: Tensor | int | None,
     ) -> None:
         n = self.config.num_tokens
+        check_tensor("tokens", tokens)
         if tokens.dim() != 2 or tokens.shape[1] != n:
             raise ValueError(
                 f"tokens: expected [B, {n}] (grid {self.config.grid}), got {tuple(tokens.shape)}"
@@ -227,6 +229,8 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
                 f"class_id: expected int64 [{tokens.shape[0]}], got {tuple(class_id.shape)}"
             )
         if class_id is not None:
+            if class_id.dtype != torch.int64:
+                raise TypeError(f"class_id: expected int64, got {class_id.dtype}")
             self._check_class(class_id)
         if (prompt_id is None) != (self.prompt_embedding is None):
             raise ValueError(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,16 +46,38 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def triple(
-    name: str, value: int | tuple[int, ...] | list[int], *, least: int = 1
-) -> tuple[int, int, int]:
-    values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
+def check_int(name: str, value: object, *, least: int | None = None) -> int:
+    """`value` as an int. A float is refused even where it is whole: it may be a slip."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value}")
+    return int(value)
+
+
+def check_number(name: str, value: object, *, least: float = -math.inf) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    number = float(value)
+    if not (math.isfinite(number) and number >= least):
+        bound = "" if least == -math.inf else f", {least:g} or more"
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+    return number
+
+
+def triple(name: str, value: int | Sequence[int], *, least: int = 1) -> tuple[int, int, int]:
+    expected = f"{name}: expected an int or three ints, each >= {least}, got {value!r}"
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * 3
+    if any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values):
+        raise TypeError(expected)
     if len(values) != 3 or min(values) < least:
-        raise ValueError(f"{name}: expected an int or three ints, each >= {least}, got {value!r}")
-    return values[0], values[1], values[2]
+        raise ValueError(expected)
+    return int(values[0]), int(values[1]), int(values[2])
 
 
 def channel_axis(x: Tensor, channel_dim: int) -> int:
+    check_int("channel_dim", channel_dim)
     if not -x.dim() <= channel_dim < x.dim():
         raise ValueError(f"channel_dim: {channel_dim} is out of range for shape {tuple(x.shape)}")
     return channel_dim % x.dim()

@@ -57,9 +57,10 @@ def blur_pool3d(
     """
     _checks.check_tensor("x", x, ndim=5, floating=True)
     steps = _checks.triple("stride", stride)
-    if filter_size < 1:
-        raise ValueError(f"filter_size: expected 1 or more, got {filter_size}")
-    if min(x.shape[2:]) < 1:
-        raise ValueError(f"x: expected non-empty time and space axes, got {tuple(x.shape)}")
+    _checks.check_int("filter_size", filter_size, least=1)
+    if min(x.shape[1:]) < 1:
+        raise ValueError(
+            f"x: expected at least one channel, frame, row and column, got {tuple(x.shape)}"
+        )
     _native.use_native("blur_pool3d", impl, "there is no native kernel yet")
     return reference(x, steps, filter_size)

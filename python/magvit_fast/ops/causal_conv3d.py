@@ -342,6 +342,28 @@ def _input_grad(
 
 
 # --- public -----------------------------------------------------------------------------------
+def _under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The floating tensors among them in autocast's dtype; whatever else came is left to the checks."""
+    tensors = (x, *others)
+    if not isinstance(x, Tensor) or (dtype := _checks.autocast_dtype(x)) is None:
+        return tensors
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+    )
+
+
+def _check_padding(padding: Sequence[int] | None) -> None:
+    if padding is None:
+        return
+    expected = f"padding: expected None or six ints >= 0, got {padding!r}"
+    if not isinstance(padding, (tuple, list)):
+        raise TypeError(expected)
+    for pad in padding:
+        _checks.check_int("padding", pad)
+    if len(padding) != 6 or min(padding) < 0:
+        raise ValueError(expected)
+
+
 def _check_operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, groups: int
 ) -> None:
@@ -349,6 +371,7 @@ def _check_operands(
     _checks.check_tensor("weight", weight, ndim=5, floating=True)
     _checks.check_same("weight", weight, "x", x)
     channels, out_channels = x.shape[1], weight.shape[0]
+    _checks.check_int("groups", groups)
     if groups < 1 or channels % groups or out_channels % groups:
         raise ValueError(
             f"groups: expected a divisor of C_in = {channels} and of C_out = {out_channels}, "
@@ -439,16 +462,11 @@ def causal_conv3d(
     """
     _checks.check_choice("time_mode", time_mode, PAD_MODES)
     _checks.check_choice("space_mode", space_mode, PAD_MODES)
-    cast = _checks.autocast_dtype(x) if isinstance(x, Tensor) else None
-    if cast is not None:
-        x, weight = x.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
-        history = None if history is None else history.to(cast)
+    x, weight, bias, history = _under_autocast(x, weight, bias, history)
     _check_operands(x, weight, bias, history, groups)
     steps = _checks.triple("stride", stride)
     spread = _checks.triple("dilation", dilation)
-    if padding is not None and (len(padding) != 6 or min(padding) < 0):
-        raise ValueError(f"padding: expected None or six ints >= 0, got {padding!r}")
+    _check_padding(padding)
     pads = resolve_padding(weight.shape[2:], spread, padding)
     if (
         history is not None

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from magvit_fast import _native
-from magvit_fast.ops._checks import check_tensor, triple
+from magvit_fast.ops._checks import check_int, check_tensor, triple
 
 _NO_KERNEL = "this op has no native kernel yet; its reference serves every device"
 
@@ -52,6 +52,7 @@ def depth_to_space3d(
             f"x: expected channels in a multiple of {product} (factor {factors}), got {x.shape[1]}"
         )
     frames = x.shape[2] * factors[0]
+    check_int("drop_first", drop_first)
     if not 0 <= drop_first <= frames:
         raise ValueError(f"drop_first: expected 0..{frames}, got {drop_first}")
     _native.use_native("depth_to_space3d", impl, _NO_KERNEL)

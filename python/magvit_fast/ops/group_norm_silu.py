@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magvit_fast import _native
-from magvit_fast.ops._checks import check_same, check_tensor
+from magvit_fast.ops._checks import check_int, check_number, check_same, check_tensor
 
 _NO_KERNEL = "this op has no native kernel yet; its reference serves every device"
 
@@ -77,10 +77,13 @@ def _check(
     num_groups: int,
     affine: dict[str, Tensor | None],
     adaptive: dict[str, Tensor | None],
+    eps: float,
     activation: str | None,
 ) -> None:
     check_tensor("x", x, ndim=5, floating=True)
     channels = x.shape[1]
+    check_int("num_groups", num_groups)
+    check_number("eps", eps, least=0.0)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(
             f"num_groups: expected a divisor of the {channels} channels of x, got {num_groups}"
@@ -139,6 +142,7 @@ def group_norm_silu(
         num_groups,
         {"weight": weight, "bias": bias},
         {"scale": scale, "shift": shift},
+        eps,
         activation,
     )
     _native.use_native("group_norm_silu", impl, _NO_KERNEL)

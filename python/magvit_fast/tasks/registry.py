@@ -214,6 +214,8 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
 
 def get_task(name: str) -> Task:
     """The task of that name; a ValueError lists the names otherwise."""
+    if not isinstance(name, str):
+        raise TypeError(f"task: expected a name or a Task, got {type(name).__name__}")
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
     return TASKS[name]
