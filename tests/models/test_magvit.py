@@ -182,9 +182,9 @@ def test_the_2d_tokenizer_works_frame_by_frame_and_streams() -> None:
 
 def test_the_3d_tokenizer_says_why_it_does_not_stream() -> None:
     model = tiny()
-    with pytest.raises(NotImplementedError, match="encode_stream: .* not causal"):
+    with pytest.raises(NotImplementedError, match=r"encode_stream: .* not causal"):
         model.encode_stream(torch.rand(1, 3, 16, 16, 16))
-    with pytest.raises(NotImplementedError, match="decode_stream: .* not causal"):
+    with pytest.raises(NotImplementedError, match=r"decode_stream: .* not causal"):
         model.decode_stream(torch.zeros(1, 4, 2, 2, dtype=torch.int64))
 
 

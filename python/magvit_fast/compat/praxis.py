@@ -39,6 +39,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from magvit_fast.compat._arrays import few, select
 from magvit_fast.models.discriminator import (
     Discriminator3D,
     DiscriminatorBlock,
@@ -274,13 +275,13 @@ def load_praxis(
             been changed then.
         TypeError: the module has no counterpart in the port.
     """
-    found = _select(arrays, prefix)
+    found = select(arrays, prefix)
     slots = praxis_slots(module)
     wanted = {slot.path for slot in slots}
     if missing := sorted(wanted - set(found)):
-        raise ValueError(f"arrays: {len(missing)} parameter(s) missing: {_few(missing)}")
+        raise ValueError(f"arrays: {len(missing)} parameter(s) missing: {few(missing)}")
     if extra := sorted(set(found) - wanted):
-        raise ValueError(f"arrays: {len(extra)} parameter(s) have no place: {_few(extra)}")
+        raise ValueError(f"arrays: {len(extra)} parameter(s) have no place: {few(extra)}")
     parameters = dict(module.named_parameters())
     values = []
     for slot in slots:
@@ -299,19 +300,3 @@ def load_praxis(
         values.append((target, value))
     for target, value in values:
         target.copy_(value)
-
-
-def _select(
-    arrays: Mapping[str, NDArray[Any] | Tensor], prefix: str
-) -> dict[str, NDArray[Any] | Tensor]:
-    head = prefix.strip("/") + "/" if prefix.strip("/") else ""
-    names = list(arrays)
-    for start in (f"{head}param/", f"param/{head}", head):
-        chosen = {name[len(start) :]: name for name in names if name.startswith(start)}
-        if chosen:
-            return {path: arrays[name] for path, name in chosen.items()}
-    return {}
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
