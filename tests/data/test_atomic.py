@@ -156,6 +156,28 @@ def test_directory_in_the_way(tmp_path: Path) -> None:
         pytest.fail("the block must not run")
 
 
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(FileWriteError, match=f"cannot write {path}: it is a device or a pipe"):
+            atomic_write_text(path, "x")
+    assert pipe.is_fifo()
+    assert _names(tmp_path) == ["link", "pipe"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link.txt", tmp_path / "there" / "target.txt"
+    link.symlink_to(target)
+    for text in ("first", "second"):  # the target does not exist, then it does
+        atomic_write_text(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert _names(tmp_path) == ["link.txt", "there"]
+
+
 def test_parent_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileWriteError, match="cannot write"):

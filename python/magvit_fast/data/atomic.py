@@ -79,15 +79,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write; move it to `path` when the block ends without an exception.
 
     The temporary file is in the same directory and has the same suffix (writers that pick a format
-    by name keep working); missing parents are made. An existing file at `path` is replaced.
+    by name keep working); missing parents are made. An existing file at `path` is replaced; a link
+    stays and what it points to is replaced.
 
     Raises:
-        FileWriteError: the destination cannot be written (disk full, no permission, a directory).
+        FileWriteError: the destination cannot be written (disk full, no permission, a directory, a
+            device or pipe, whose name a file must not take).
         Otherwise whatever the block raises. Always `path` is untouched and the temporary gone.
     """
     path = Path(path)
     if path.is_dir():
         raise FileWriteError.of(path, "it is a directory")
+    if path.exists() and not path.is_file():
+        raise FileWriteError.of(path, "it is a device or a pipe, no file")
+    if path.is_symlink():
+        path = path.resolve()
     parent = _parent(path)
     try:
         descriptor, name = tempfile.mkstemp(
