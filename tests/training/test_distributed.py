@@ -19,7 +19,10 @@ from tests.training.worker import work, work_in_fork
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml")
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--num_processes", "2"),
+    *("--config_file", "recipes/accelerate/ddp.yaml"),
+)
 
 
 def fork(job: str, folder: Path) -> None:
