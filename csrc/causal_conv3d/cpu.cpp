@@ -45,7 +45,7 @@ index_t elements(const SplitTensor& t, index_t batch, bool early) {
 struct Plan {
   GatherParams params{};
   WeightView weight{};
-  bool pairs = false;  // bfloat16 products in hardware, two channels at a time
+  PackLayout layout{};
   float* wide_early = nullptr;
   float* wide_late = nullptr;
   void* zeros = nullptr;
@@ -72,21 +72,37 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   check(p.source.width * p.source.channels < (index_t{1} << 31),
         "causal_conv3d: a row of x or of the result has more than 2^31 elements");
 
-  plan.pairs = s.dtype == DType::bf16 && multiplies_bf16(isa);
-  p.source_type = plan.pairs ? DType::bf16 : DType::f32;
-  plan.weight = {tensors.weight,
-                 s.dtype,
-                 s.groups,
-                 p.reduce,
-                 p.produce,
-                 taps,
-                 out_group * in_group * taps,
-                 forward ? taps : in_group * taps,
-                 forward ? in_group * taps : taps};
-  const index_t packed = packed_size(plan.weight, gather_lanes(isa), plan.pairs);
-  plan.packed = workspace.take<char>(packed * (plan.pairs ? 2 : 4));
+  const bool bf16 = s.dtype == DType::bf16 && multiplies_bf16(isa);  // products in hardware
+  p.source_type = bf16 ? DType::bf16 : DType::f32;
+  p.narrow = p.produce <= kNarrow && p.reduce >= 8 && p.reduce <= kNarrowReduce;
+  const index_t reduce_stride = forward ? taps : in_group * taps;
+  const index_t produce_stride = forward ? in_group * taps : taps;
+  if (p.narrow) {  // [taps][produce][reduce]: vectors run along the sum
+    plan.weight = {tensors.weight,
+                   s.dtype,
+                   s.groups,
+                   p.produce,
+                   p.reduce,
+                   taps,
+                   out_group * in_group * taps,
+                   produce_stride,
+                   reduce_stride};
+    plan.layout = {kNarrowReduce, narrow_lanes(isa, bf16), false, p.source_type};
+  } else {
+    plan.weight = {tensors.weight,
+                   s.dtype,
+                   s.groups,
+                   p.reduce,
+                   p.produce,
+                   taps,
+                   out_group * in_group * taps,
+                   reduce_stride,
+                   produce_stride};
+    plan.layout = {gather_columns(isa), gather_lanes(isa), bf16, p.source_type};
+  }
+  plan.packed = workspace.take<char>(packed_size(plan.weight, plan.layout) * (bf16 ? 2 : 4));
   plan.zeros = workspace.take<float>(p.source.channels);
-  if (!plan.pairs && s.dtype != DType::f32) {
+  if (!bf16 && s.dtype != DType::f32) {
     plan.wide_early = workspace.take<float>(elements(p.source, s.batch, true));
     plan.wide_late = workspace.take<float>(elements(p.source, s.batch, false));
   }
@@ -100,8 +116,7 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
 
 void prepare(Plan& plan, const Conv3dShape& s, const ExecContext& ctx) {
   GatherParams& p = plan.params;
-  pack_weights(plan.weight, plan.packed, gather_columns(ctx.isa), gather_lanes(ctx.isa), plan.pairs,
-               ctx.num_threads);
+  pack_weights(plan.weight, plan.layout, plan.packed, ctx.num_threads);
   std::memset(plan.zeros, 0, sizeof(float) * static_cast<std::size_t>(p.source.channels));
   if (!plan.wide_late) return;
   const index_t early = elements(p.source, s.batch, true);
@@ -135,7 +150,7 @@ void run(const Conv3dShape& s, Direction direction, const Tensors& tensors, void
   const GatherParams& p = plan.params;
   const Blocks blocks(p);
   const index_t frames = p.target.early_frames + p.target.late_frames;
-  const index_t columns = ceil_div(p.produce, gather_columns(ctx.isa));
+  const index_t columns = p.narrow ? 1 : ceil_div(p.produce, gather_columns(ctx.isa));
   const index_t places = s.batch * frames * blocks.row_blocks * blocks.tile_blocks;
   const auto kernel = MF_PICK_SIMD(conv3d_gather, ctx.isa);
   // Columns of weights outermost: a block of weights is used by all pixels before the next one.

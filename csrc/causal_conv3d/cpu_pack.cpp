@@ -26,9 +26,10 @@ constexpr index_t kBuffer = 8192;
 template <class From, class To>
 class Packer {
  public:
-  Packer(const WeightView& w, To* packed, index_t block, index_t lanes, bool pairs)
-      : w_(w), packed_(packed), block_(block), unit_(pairs ? 2 : 1) {
-    padded_ = round_up(w.columns, lanes);
+  Packer(const WeightView& w, const PackLayout& layout, To* packed)
+      : w_(w), packed_(packed), block_(layout.block), unit_(layout.pairs ? 2 : 1) {
+    const index_t block = layout.block;
+    padded_ = round_up(w.columns, layout.lanes);
     rows_ = ceil_div(w.reduce, unit_);
     tap_step_ = w.taps < kBuffer / (block * unit_) ? w.taps : kBuffer / (block * unit_);
     row_step_ = kBuffer / (tap_step_ * block * unit_);
@@ -79,8 +80,8 @@ class Packer {
 };
 
 template <class From, class To>
-void pack(const WeightView& w, To* packed, index_t block, index_t lanes, bool pairs, int threads) {
-  const Packer<From, To> packer(w, packed, block, lanes, pairs);
+void pack(const WeightView& w, const PackLayout& layout, void* packed, int threads) {
+  const Packer<From, To> packer(w, layout, static_cast<To*>(packed));
   parallel_ranges(packer.chunks(), threads, [&](index_t begin, index_t end, int) {
     for (index_t i = begin; i < end; ++i) packer.run(i);
   });
@@ -88,22 +89,20 @@ void pack(const WeightView& w, To* packed, index_t block, index_t lanes, bool pa
 
 }  // namespace
 
-index_t packed_size(const WeightView& w, index_t lanes, bool pairs) {
-  const index_t reduce = pairs ? round_up(w.reduce, index_t{2}) : w.reduce;
-  return w.groups * w.taps * reduce * round_up(w.columns, lanes);
+index_t packed_size(const WeightView& w, const PackLayout& layout) {
+  const index_t reduce = layout.pairs ? round_up(w.reduce, index_t{2}) : w.reduce;
+  return w.groups * w.taps * reduce * round_up(w.columns, layout.lanes);
 }
 
-void pack_weights(const WeightView& w, void* packed, index_t block, index_t lanes, bool pairs,
-                  int num_threads) {
-  if (pairs) return pack<bf16_t>(w, static_cast<bf16_t*>(packed), block, lanes, true, num_threads);
-  float* to = static_cast<float*>(packed);
+void pack_weights(const WeightView& w, const PackLayout& layout, void* packed, int num_threads) {
+  if (layout.type == DType::bf16) return pack<bf16_t, bf16_t>(w, layout, packed, num_threads);
   switch (w.dtype) {
     case DType::f32:
-      return pack<float>(w, to, block, lanes, false, num_threads);
+      return pack<float, float>(w, layout, packed, num_threads);
     case DType::bf16:
-      return pack<bf16_t>(w, to, block, lanes, false, num_threads);
+      return pack<bf16_t, float>(w, layout, packed, num_threads);
     case DType::f16:
-      return pack<f16_t>(w, to, block, lanes, false, num_threads);
+      return pack<f16_t, float>(w, layout, packed, num_threads);
   }
 }
 

@@ -15,13 +15,17 @@ struct WeightView {
   index_t group_stride, reduce_stride, column_stride;
 };
 
-// Elements of the packed form: columns are padded to whole vectors, channels to pairs if `pairs`.
-index_t packed_size(const WeightView& w, index_t lanes, bool pairs);
+// [groups][block of columns][taps][reduce][columns], the last block only as wide as whole `lanes`
+// need; with `pairs` two neighbors of `reduce` stand side by side: [reduce / 2][columns][2].
+struct PackLayout {
+  index_t block, lanes;
+  bool pairs;
+  DType type;  // float32, or bfloat16 from bfloat16 weights
+};
 
-// [groups][block of `block` columns][taps][reduce][columns], as float32, or with `pairs` as
-// bfloat16 [reduce / 2][columns][2]. The last block has only as many columns as whole vectors need.
-void pack_weights(const WeightView& w, void* packed, index_t block, index_t lanes, bool pairs,
-                  int num_threads);
+// Elements of the packed form, zeros of the padding included.
+index_t packed_size(const WeightView& w, const PackLayout& layout);
+void pack_weights(const WeightView& w, const PackLayout& layout, void* packed, int num_threads);
 
 // float32 copy of `count` 16-bit values.
 void widen(const void* from, DType dtype, float* to, index_t count, int num_threads);

@@ -46,9 +46,12 @@ struct SplitTensor {
 
 struct GatherParams {
   SplitTensor source, target;
-  const void* packed;  // [groups][block][KT][KH][KW][reduce (pairs)][columns of the block]
-  const void* bias;    // [target channels], of type `target_type`, or null
-  const void* zeros;   // a source pixel of zeros
+  // [groups][block][KT][KH][KW][reduce (pairs)][columns of the block], or with `narrow`
+  // [groups][KT][KH][KW][produce][reduce in whole vectors].
+  const void* packed;
+  bool narrow;
+  const void* bias;                 // [target channels], of type `target_type`, or null
+  const void* zeros;                // a source pixel of zeros
   index_t groups, reduce, produce;  // channels per group on the source and the target side
   index_t kernel_t, kernel_h, kernel_w;
   AxisGather t, h;
@@ -65,10 +68,16 @@ struct GatherItem {
 constexpr index_t kTilePixels = 6;     // register tile: 6 pixels x 4 vectors of channels
 constexpr index_t kBlockPixels = 120;  // pixels that share one pass over a piece of the weights
 
+// Results of a few channels (an image, the gradient of one) would leave most lanes empty: there the
+// vectors run along the sum, and lanes are added up at the end.
+constexpr index_t kNarrow = 4;
+constexpr index_t kNarrowReduce = 1024;  // the most channels of a sum done so
+
 // Columns of packed weights in a block, and whether bfloat16 is multiplied in pairs, per level.
 constexpr index_t gather_columns(int isa) { return isa >= 2 ? 64 : isa == 1 ? 16 : 8; }
 constexpr index_t gather_lanes(int isa) { return isa >= 2 ? 16 : isa == 1 ? 8 : 4; }
 constexpr bool multiplies_bf16(int isa) { return isa >= 3; }
+constexpr index_t narrow_lanes(int isa, bool bf16) { return gather_lanes(isa) * (bf16 ? 2 : 1); }
 
 MF_DECLARE_SIMD(void, conv3d_gather, (const GatherParams& params, const GatherItem& item))
 

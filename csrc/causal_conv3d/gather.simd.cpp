@@ -152,43 +152,140 @@ void run_tile(const Tile& tile) {
   if (chain || !accumulate || !kChained<T>) flush(acc, tile.sums, accumulate);
 }
 
+// --- narrow results: vectors along the sum
+// --------------------------------------------------------------
+
+// acc[i][n] += a[i] * b[n] lane by lane; b is [N][reduce in whole vectors].
+template <int MR, int N>
+inline __attribute__((always_inline)) void multiply_lanes(vf (&acc)[MR][N],
+                                                          const float* const (&a)[MR],
+                                                          const float* b, index_t reduce) {
+  const index_t row = round_up(reduce, index_t{kLanes});
+  for (index_t k = 0; k < reduce; k += kLanes, b += kLanes) {
+    const index_t left = reduce - k;
+    vf weights[N];
+    MF_UNROLL
+    for (int n = 0; n < N; ++n) weights[n] = load(b + n * row);
+    MF_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      const vf pixel =
+          left >= kLanes ? load(a[i] + k) : load_some(a[i] + k, static_cast<int>(left));
+      MF_UNROLL
+      for (int n = 0; n < N; ++n) acc[i][n] += pixel * weights[n];
+    }
+  }
+}
+
+#if defined(MF_ISA_avx512_bf16)
+template <int MR, int N>
+inline __attribute__((always_inline)) void multiply_lanes(vf (&acc)[MR][N],
+                                                          const bf16_t* const (&a)[MR],
+                                                          const bf16_t* b, index_t reduce) {
+  constexpr index_t kStep = 2 * kLanes;
+  const index_t row = round_up(reduce, kStep);
+  for (index_t k = 0; k < reduce; k += kStep, b += kStep) {
+    const index_t left = reduce - k;
+    const __mmask32 lanes = left >= kStep ? ~0u : (1u << left) - 1u;
+    __m512bh weights[N];
+    MF_UNROLL
+    for (int n = 0; n < N; ++n) weights[n] = load_as<__m512bh>(b + n * row);
+    MF_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      const __m512bh pixel = (__m512bh)_mm512_maskz_loadu_epi16(lanes, a[i] + k);
+      MF_UNROLL
+      for (int n = 0; n < N; ++n)
+        acc[i][n] = (vf)_mm512_dpbf16_ps((__m512)acc[i][n], pixel, weights[n]);
+    }
+  }
+}
+#endif
+
+inline float add_lanes(vf v) {
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  return sum_lanes(v);
+#endif
+}
+
+template <class T>
+index_t narrow_row(index_t reduce) {  // packed elements of one tap and result channel
+  return round_up(reduce, index_t{kLanes} * (kChained<T> ? 1 : 2));
+}
+
+template <class T, int MR, int N>
+void run_narrow_tile(const Tile& tile) {
+  vf acc[MR][N] = {};
+  const T* zeros = static_cast<const T*>(tile.zeros);
+  const WidthGather& width = *tile.width;
+  const index_t panel_step = narrow_row<T>(tile.reduce) * N;
+  for (int r = 0; r < tile.num_rows; ++r) {
+    const T* pixels = static_cast<const T*>(tile.rows[r].pixels);
+    const T* panel = static_cast<const T*>(tile.rows[r].panel);
+    const std::int32_t* offset = width.offset + tile.first;
+    for (index_t slot = 0; slot < width.slots; ++slot, offset += width.width) {
+      const T* a[MR];
+      MF_UNROLL
+      for (int i = 0; i < MR; ++i) a[i] = offset[i] >= 0 ? pixels + offset[i] : zeros;
+      multiply_lanes<MR, N>(acc, a, panel + width.slot_tap[slot] * panel_step, tile.reduce);
+    }
+  }
+  MF_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MF_UNROLL
+    for (int n = 0; n < N; ++n) {
+      float* to = tile.sums + i * kLanes + n;
+      *to = (tile.accumulate ? *to : 0.0f) + add_lanes(acc[i][n]);
+    }
+  }
+}
+
+// --- the tile for a number of vectors (narrow: of result channels) and of pixels
+// -------------------------
+
 typedef void (*TileFunction)(const Tile&);
 
-template <class T, int NV>
+template <class T, int N, bool kIsNarrow, int MR>
+TileFunction tile_function() {
+  if constexpr (kIsNarrow)
+    return run_narrow_tile<T, MR, N>;
+  else
+    return run_tile<T, MR, N>;
+}
+
+template <class T, int N, bool kIsNarrow>
 TileFunction pick_pixels(int pixels) {
   static_assert(kTilePixels == 6, "one case a size");
   switch (pixels) {
     case 1:
-      return run_tile<T, 1, NV>;
+      return tile_function<T, N, kIsNarrow, 1>();
     case 2:
-      return run_tile<T, 2, NV>;
+      return tile_function<T, N, kIsNarrow, 2>();
     case 3:
-      return run_tile<T, 3, NV>;
+      return tile_function<T, N, kIsNarrow, 3>();
     case 4:
-      return run_tile<T, 4, NV>;
+      return tile_function<T, N, kIsNarrow, 4>();
     case 5:
-      return run_tile<T, 5, NV>;
+      return tile_function<T, N, kIsNarrow, 5>();
     default:
-      return run_tile<T, 6, NV>;
+      return tile_function<T, N, kIsNarrow, 6>();
   }
 }
 
-template <class T>
+template <class T, bool kIsNarrow>
 TileFunction pick_tile(int vectors, int pixels) {
   switch (vectors) {
     case 1:
-      return pick_pixels<T, 1>(pixels);
+      return pick_pixels<T, 1, kIsNarrow>(pixels);
     case 2:
-      return pick_pixels<T, 2>(pixels);
-#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
-    case 3:
-      return pick_pixels<T, 3>(pixels);
-    case 4:
-      return pick_pixels<T, 4>(pixels);
-#endif
+      return pick_pixels<T, 2, kIsNarrow>(pixels);
     default:
-      return nullptr;
+      break;
   }
+  if constexpr (kIsNarrow || kVectors == 4)
+    return vectors == 3 ? pick_pixels<T, 3, kIsNarrow>(pixels)
+                        : pick_pixels<T, 4, kIsNarrow>(pixels);
+  return nullptr;
 }
 
 template <class T>
@@ -226,16 +323,25 @@ class Block {
  public:
   Block(const GatherParams& p, const GatherItem& item) : p_(p), item_(item) {
     const index_t whole = kVectors * kLanes, done = item.block * whole;
-    channels_ = p.produce - done < whole ? p.produce - done : whole;
-    vectors_ = static_cast<int>(ceil_div(channels_, index_t{kLanes}));
-    columns_ = vectors_ * kLanes;
-    pixels_ = p.w.tile_first[item.tile_end] - p.w.tile_first[item.tile_begin];
-    row_panel_ = p.kernel_w * packed_rows(p.reduce, static_cast<const T*>(nullptr)) * columns_;
     const index_t taps = p.kernel_t * p.kernel_h * p.kernel_w;
-    const index_t depth = taps * packed_rows(p.reduce, static_cast<const T*>(nullptr));
-    const index_t padded = round_up(p.produce, index_t{kLanes});
-    packed_ = static_cast<const T*>(p.packed) + (item.group * padded + done) * depth;
-    for (int m = 1; m <= kTilePixels; ++m) tiles_[m] = pick_tile<T>(vectors_, m);
+    channels_ = p.narrow || p.produce - done < whole ? p.produce - done : whole;
+    const int vectors = static_cast<int>(ceil_div(channels_, index_t{kLanes}));
+    columns_ = vectors * kLanes;
+    pixels_ = p.w.tile_first[item.tile_end] - p.w.tile_first[item.tile_begin];
+    index_t tap_panel, group_panel;  // elements of one tap, and of one group
+    if (p.narrow) {
+      tap_panel = p.produce * narrow_row<T>(p.reduce);
+      group_panel = tap_panel * taps;
+    } else {
+      tap_panel = packed_rows(p.reduce, static_cast<const T*>(nullptr)) * columns_;
+      group_panel = tap_panel / columns_ * taps * round_up(p.produce, index_t{kLanes});
+    }
+    row_panel_ = p.kernel_w * tap_panel;
+    packed_ = static_cast<const T*>(p.packed) + item.group * group_panel +
+              done * (tap_panel / columns_) * taps;
+    for (int m = 1; m <= kTilePixels; ++m)
+      tiles_[m] = p.narrow ? pick_tile<T, true>(static_cast<int>(p.produce), m)
+                           : pick_tile<T, false>(vectors, m);
   }
 
   void run() {
@@ -307,7 +413,6 @@ class Block {
   const GatherParams& p_;
   const GatherItem& item_;
   index_t channels_, columns_, pixels_, row_panel_;
-  int vectors_;
   const T* packed_;
   TileFunction tiles_[kTilePixels + 1] = {};
   bool started_[kBlockPixels] = {};
