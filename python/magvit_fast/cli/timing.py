@@ -12,7 +12,7 @@ from torch import Tensor
 from magvit_fast import _native
 from magvit_fast.models import MagvitV2Tokenizer
 
-_PATIENCE = 60.0  # seconds
+_PATIENCE = 30.0  # seconds
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -27,13 +27,18 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def median_seconds(
-    candidates: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    *,
+    warm: bool = False,
 ) -> dict[str, float]:
     """Medians after one warm-up call each; the candidates take turns, so that noise hits all.
 
-    On a slow machine fewer rounds are made: none starts later than a minute after the first.
+    warm: the candidates have run before and need no warm-up call. On a slow machine fewer rounds
+    are made: none starts later than half a minute after the first.
     """
-    for function in candidates.values():
+    for function in () if warm else candidates.values():
         seconds(function, device)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
