@@ -63,4 +63,13 @@ void factorized_embedding_backward(const FactorizedEmbeddingBackwardParams& para
                                    const ExecContext& ctx);
 }  // namespace cuda
 
+// One thread's share of the CPU kernels. Forward: positions [begin, end), the smallest bad one or
+// -1.
+MF_DECLARE_SIMD(index_t, factorized_embedding_forward_range,
+                (const FactorizedEmbeddingForwardParams& params, index_t begin, index_t end))
+// Backward: columns [begin, end) of all rows, at most kFactorizedEmbeddingColumns of them.
+constexpr index_t kFactorizedEmbeddingColumns = 256;
+MF_DECLARE_SIMD(void, factorized_embedding_backward_columns,
+                (const FactorizedEmbeddingBackwardParams& params, index_t begin, index_t end))
+
 }  // namespace magvit_fast

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from magvit_fast import _native
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -98,3 +100,28 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def no_bad_position(device: torch.device) -> Tensor:
+    """What a kernel's `bad` argument points to: -1, the largest number to an unsigned minimum."""
+    return torch.full((1,), -1, dtype=torch.int64, device=device)
+
+
+def first_bad_position(bad: Tensor) -> int | None:
+    """The position that a kernel complained of, if it did and if reading that costs no waiting.
+
+    On CUDA that would stop the host until the device has caught up, so there it is done only with
+    MAGVIT_FAST_SYNC=1; the kernel has marked the position in its result in any case.
+    """
+    if bad.is_cuda and (not _native.SYNC or torch.cuda.is_current_stream_capturing()):
+        return None
+    position = int(bad)
+    return None if position < 0 else position
+
+
+def unravel(position: int, shape: torch.Size) -> tuple[int, ...]:
+    index = []
+    for n in reversed(shape):
+        index.append(position % n)
+        position //= n
+    return tuple(reversed(index))

@@ -1,4 +1,4 @@
-"""Averages over the processes of torch.distributed, with gradient."""
+"""Sums and averages over the processes of torch.distributed, with gradient."""
 
 from __future__ import annotations
 
@@ -9,20 +9,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduced(x: Tensor) -> Tensor:
+    """Sum over processes, without gradient."""
+    total = x.contiguous().clone()
+    dist.all_reduce(total)
+    return total
+
+
 class _Sum(torch.autograd.Function):
     """All-reduce (sum). Every process's loss sees the sum, so the gradient is summed over them too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return all_reduced(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return all_reduced(grads[0])
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Sum of a tensor over all processes; x itself when there is only one. See mean_over_processes."""
+    if not is_distributed():
+        return x
+    total: Tensor = _Sum.apply(x)
+    return total
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
@@ -31,7 +46,6 @@ def mean_over_processes(x: Tensor) -> Tensor:
     With losses averaged over the processes, as DistributedDataParallel does to gradients, the gradient
     equals that of one process that holds the whole batch (in equal shares).
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed():
         return x
-    mean: Tensor = _Sum.apply(x) / dist.get_world_size()
-    return mean
+    return sum_over_processes(x) / dist.get_world_size()

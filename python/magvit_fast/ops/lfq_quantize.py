@@ -12,6 +12,7 @@ from torch import Tensor
 
 from magvit_fast import _native
 from magvit_fast.ops import _checks
+from magvit_fast.ops._layout import block_of, without_axis
 
 # --- contract ---------------------------------------------------------------------------------
 # z [..., D at channel_dim, ...] -> quantized, shape, dtype and strides of z, in {-1, +1};
@@ -38,52 +39,24 @@ def reference(z: Tensor, channel_dim: int, bit_order: str) -> tuple[Tensor, Tens
 _native.LIB.define("lfq_quantize(Tensor z, int channel_dim, bool msb_first) -> (Tensor, Tensor)")
 
 
-def _index_shape(z: Tensor, channel_dim: int) -> list[int]:
-    return [n for axis, n in enumerate(z.shape) if axis != channel_dim]
-
-
 @torch.library.register_fake("magvit_fast::lfq_quantize", lib=_native.LIB)
 def _fake(z: Tensor, channel_dim: int, msb_first: bool) -> tuple[Tensor, Tensor]:
-    indices = z.new_empty(_index_shape(z, channel_dim), dtype=torch.int64)
+    indices = z.new_empty(without_axis(z, channel_dim), dtype=torch.int64)
     return torch.empty_like(z), indices
 
 
 # --- launch -----------------------------------------------------------------------------------
-def _as_outer_channel_inner(z: Tensor, axis: int) -> tuple[int, int, int, int, int, int] | None:
-    """(outer, channels, inner) and their strides, if z is such a block in memory, else None."""
-    before, after = z.shape[:axis], z.shape[axis + 1 :]
-    outer, inner = before.numel(), after.numel()
-
-    def merged_stride(first: int, last: int) -> int | None:
-        """The one stride that walks axes first..last-1 in order, if there is one."""
-        stride, expected = 1, None
-        for a in reversed(range(first, last)):
-            if z.shape[a] == 1:
-                continue
-            if expected is None:
-                stride = z.stride(a)
-            elif z.stride(a) != expected:
-                return None
-            expected = z.stride(a) * z.shape[a]
-        return stride
-
-    outer_stride, inner_stride = merged_stride(0, axis), merged_stride(axis + 1, z.dim())
-    if outer_stride is None or inner_stride is None:
-        return None
-    return outer, z.shape[axis], inner, outer_stride, z.stride(axis), inner_stride
-
-
 def _launch(z: Tensor, channel_dim: int, msb_first: bool) -> tuple[Tensor, Tensor]:
     layout = None
     quantized = torch.empty_like(z)
     if quantized.stride() == z.stride():  # dense: the kernel walks z and quantized alike
-        layout = _as_outer_channel_inner(z, channel_dim)
+        layout = block_of(z, channel_dim)
     if layout is None:
         z = z.contiguous()
         quantized = torch.empty_like(z)
-        layout = _as_outer_channel_inner(z, channel_dim)
+        layout = block_of(z, channel_dim)
     assert layout is not None  # a contiguous tensor always has one
-    indices = z.new_empty(_index_shape(z, channel_dim), dtype=torch.int64)
+    indices = z.new_empty(without_axis(z, channel_dim), dtype=torch.int64)
     _native.trace("lfq_quantize", shape=tuple(z.shape), dtype=z.dtype, device=z.device)
     core, where, how = _native.launcher(z.device)
     core.lfq_quantize_forward(

@@ -1,0 +1,69 @@
+// lfq_codes, one source per instruction set: the bits of a range of indices as -1 / +1.
+// Previous hop: cpu.cpp.
+// Next hop: none.
+//
+// The sign bit is all that differs between -1 and +1: code = one | (bit ? 0 : sign), in the type's
+// own bits, so that no number is converted. Channels-first runs a block of positions through all
+// channels.
+#include "common/simd.h"
+#include "lfq_codes/lfq_codes.h"
+
+namespace magvit_fast {
+namespace MF_ISA {
+namespace {
+
+constexpr index_t kBlock = 256;  // positions whose index words stay in L1
+
+template <class U>
+struct Codes {
+  U minus, sign, nan;  // -1, its sign bit, and a quiet NaN
+};
+
+template <class U>
+index_t run(const LfqCodesParams& p, Codes<U> codes, index_t begin, index_t end) {
+  U* out = static_cast<U*>(p.codes);
+  index_t first_bad = -1;
+  for (index_t position = begin; position < end;) {
+    const index_t o = position / p.inner, i = position % p.inner;
+    index_t count = p.inner - i;
+    if (count > end - position) count = end - position;
+    if (count > kBlock) count = kBlock;
+    const std::int64_t* indices = p.indices + position;
+    U* to = out + o * p.channels * p.inner + i;
+    std::uint64_t any_bad = 0;
+    for (index_t k = 0; k < count; ++k) any_bad |= lfq_index_out_of_range(indices[k], p.channels);
+    for (index_t c = 0; c < p.channels; ++c) {
+      const int bit = lfq_bit(c, p.channels, p.msb_first);
+      U* row = to + c * p.inner;
+      for (index_t k = 0; k < count; ++k) {
+        const U positive = static_cast<U>((static_cast<std::uint64_t>(indices[k]) >> bit) & 1u);
+        row[k] = static_cast<U>(codes.minus ^ static_cast<U>(codes.sign * positive));
+      }
+    }
+    if (any_bad)
+      for (index_t k = 0; k < count; ++k)
+        if (lfq_index_out_of_range(indices[k], p.channels)) {
+          if (first_bad < 0) first_bad = position + k;
+          for (index_t c = 0; c < p.channels; ++c) to[c * p.inner + k] = codes.nan;
+        }
+    position += count;
+  }
+  return first_bad;
+}
+
+}  // namespace
+
+index_t lfq_codes_range(const LfqCodesParams& params, index_t begin, index_t end) {
+  switch (params.dtype) {
+    case DType::f32:
+      return run<std::uint32_t>(params, {0xbf800000u, 0x80000000u, 0x7fc00000u}, begin, end);
+    case DType::bf16:
+      return run<std::uint16_t>(params, {0xbf80, 0x8000, 0x7fc0}, begin, end);
+    case DType::f16:
+      return run<std::uint16_t>(params, {0xbc00, 0x8000, 0x7e00}, begin, end);
+  }
+  return -1;
+}
+
+}  // namespace MF_ISA
+}  // namespace magvit_fast
