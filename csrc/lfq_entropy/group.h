@@ -1,5 +1,6 @@
-// lfq_entropy, per instruction set: reading a group's logits, and the short list of a sparse
-// position. Previous hop: forward.simd.cpp and backward.simd.cpp. Next hop: none.
+// lfq_entropy, per instruction set: a group's logits, and the short list of a sparse position.
+// Previous hop: forward.simd.cpp and backward.simd.cpp.
+// Next hop: none.
 #pragma once
 
 #include "common/simd_math.h"
