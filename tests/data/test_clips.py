@@ -119,7 +119,7 @@ def test_a_file_that_breaks_later_gives_way_to_the_next(folder, tmp_path, caplog
 def test_nothing_usable_is_an_error(folder, tmp_path):
     with pytest.raises(FileFormatError, match="no usable video"):
         VideoClips(folder, frames=33, size=16)
-    with pytest.raises(FileFormatError, match="no usable video among 0 files"):
+    with pytest.raises(FileFormatError, match="no usable video: it names no video or image file"):
         VideoClips(tmp_path, frames=5, size=16)
     with pytest.raises(FileFormatError, match=r"absent\.txt"):
         VideoClips(tmp_path / "absent.txt")

@@ -82,15 +82,15 @@ def test_presets_can_be_changed(tmp_path):
         ),
         (RUN + DATA + "[optimizer]\nbetas = [1]\n", r"'optimizer\.betas': expected a list of 2 x"),
         (RUN + DATA + "[model]\npreset = 'huge'\n", r"'model\.preset': .*no preset 'huge'"),
-        (RUN + DATA + "[model]\nnum_res_blocks = 0\n", r"'model\.num_res_blocks: expected"),
+        (RUN + DATA + "[model]\nnum_res_blocks = 0\n", r"key 'model\.num_res_blocks': expected"),
         (RUN + "[data]\nsource = 'disk'\n", r"'data\.source': expected one of 'videos', 'scenes'"),
-        (RUN + "[data]\nframes = 5\n", r"'data\.path: expected a folder"),
-        (RUN + DATA + "frames = 6\n", r"data\.frames: expected 1 \+ 4k"),
-        (RUN + DATA + "size = 20\n", r"data\.size: expected a multiple of 8"),
+        (RUN + "[data]\nframes = 5\n", r"key 'data\.path': expected a folder"),
+        (RUN + DATA + "frames = 6\n", r"key 'data\.frames': expected 1 \+ 4k"),
+        (RUN + DATA + "size = 20\n", r"key 'data\.size': expected a multiple of 8"),
         (DATA + "[run]\noutput = 'o'\nsteps = 1\n", r"'run\.batch_size' is missing"),
         (DATA, "'run' is missing"),
         ("run = 3\n" + DATA, "'run': expected a table, got 3"),
-        (RUN + DATA + "[loss]\nr1 = -1\n", r"'loss\.r1: expected"),
+        (RUN + DATA + "[loss]\nr1 = -1\n", r"key 'loss\.r1': expected"),
         ("[run\n", "is no valid TOML"),
     ],
 )
@@ -99,6 +99,12 @@ def test_mistakes_are_named(tmp_path, text, message):
         read(tmp_path, text)
     assert str(tmp_path / "recipe.toml") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_task_is_named_by_its_key(tmp_path):
+    text = f"tokenizer = 't'\n{RUN}{DATA}[tokens]\npath = 'x'\n[task]\nname = 'fly'\n"
+    with pytest.raises(FileFormatError, match=r"key 'task\.name': expected one of .*'fly'"):
+        read(tmp_path, text, TransformerTraining)
 
 
 def test_missing_file(tmp_path):

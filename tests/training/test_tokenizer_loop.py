@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.training.tiny import SCENES, tokenizer_recipe
 from torch import nn
 
-from magvit_fast.errors import FileFormatError, MagvitFastError
+from magvit_fast.errors import FileFormatError, FileWriteError, MagvitFastError
 from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
 from magvit_fast.training.losses import (
     TokenizerLossWeights,
@@ -213,6 +213,17 @@ def test_divergence_stops_with_a_clear_error(tmp_path):
         recipe, optimizer=dataclasses.replace(recipe.optimizer, learning_rate=1e38)
     )
     with pytest.raises(MagvitFastError, match=r"no longer finite; lower optimizer\.learning_rate"):
+        train_tokenizer(recipe, progress=False)
+
+
+def test_an_output_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    recipe = tokenizer_recipe(tmp_path / "file")
+    monkeypatch.setattr(
+        "magvit_fast.training.tokenizer_loop.TokenizerTrainer",
+        lambda *_: pytest.fail("training was prepared first"),
+    )
+    with pytest.raises(FileWriteError, match="cannot write"):
         train_tokenizer(recipe, progress=False)
 
 

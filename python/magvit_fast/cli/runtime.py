@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from magvit_fast import _native
-from magvit_fast.data.atomic import atomic_path
+from magvit_fast.data.atomic import check_writable
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
 
@@ -135,12 +135,7 @@ def check_output(path: str | Path, *inputs: str | Path | None) -> None:
     for source in inputs:
         if source is not None and path.exists() and path.samefile(source):
             raise ValueError(f"--output: {path} is also the input; choose another name")
-    with contextlib.suppress(_Rehearsed), atomic_path(path):
-        raise _Rehearsed
-
-
-class _Rehearsed(Exception):
-    """Ends a trial of writing before anything is replaced."""
+    check_writable(path)
 
 
 # --- models ---------------------------------------------------------------------------------------

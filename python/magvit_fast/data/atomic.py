@@ -119,6 +119,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+class _Rehearsed(Exception):
+    """Ends a trial of writing before anything is replaced."""
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find trouble with a destination before the work and not after it; nothing is written.
+
+    Raises:
+        FileWriteError: as `atomic_path`.
+    """
+    with contextlib.suppress(_Rehearsed), atomic_path(path):
+        raise _Rehearsed
+
+
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, whole or not at all. Raises FileWriteError."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:

@@ -128,6 +128,11 @@ class VideoClips:
         self.frames, self.seed, self.augmentation = frames, seed, augmentation
         self.size = (size, size) if isinstance(size, int) else size
         found = list_files(path)
+        if not found:
+            raise FileFormatError(
+                f"{path}: no usable video: it names no video or image file "
+                f"({', '.join(sorted(VIDEO_SUFFIXES))})"
+            )
         lengths = _frame_counts(found, logging.DEBUG if quiet else logging.WARNING)
         self.files = [file for file, length in zip(found, lengths, strict=True) if length]
         self.lengths = [length for length in lengths if length]

@@ -215,7 +215,10 @@ class TaskConfig:
     label_smoothing: float = 1e-4
 
     def __post_init__(self) -> None:
-        get_task(self.name)
+        try:
+            get_task(self.name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("task:", "name:", 1)) from error
         for name in ("class_drop", "label_smoothing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
@@ -281,7 +284,8 @@ def _build(kind: type[T], table: dict[str, Any], file: str, prefix: str, base: T
     try:
         return kind(**values)
     except (ValueError, TypeError) as error:
-        raise FileFormatError(f"{file}key '{prefix}{error}") from error
+        name, _, fault = str(error).partition(": ")
+        raise FileFormatError(f"{file}key '{prefix}{name}': {fault}") from error
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

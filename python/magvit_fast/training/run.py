@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from magvit_fast.data.atomic import check_writable
 from magvit_fast.data.order import BatchOrder
 from magvit_fast.errors import MagvitFastError, MissingExtraError
 from magvit_fast.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -39,12 +40,17 @@ class TrainingResult:
 
 
 def new_accelerator(config: RunConfig) -> Any:
-    """An Accelerator for the recipe. Raises MissingExtraError without the [train] extra."""
+    """An Accelerator for the recipe.
+
+    Raises MissingExtraError without the [train] extra, FileWriteError where run.output cannot be
+    written: now, and not when the first checkpoint is due.
+    """
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise MissingExtraError("accelerate", "train", "training") from error
+    check_writable(Path(config.output) / "training")
     # Accelerate keeps one precision a process; a second run may want another.
     AcceleratorState._reset_state()
     return Accelerator(

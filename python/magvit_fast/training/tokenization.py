@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from magvit_fast.data.atomic import check_writable
 from magvit_fast.data.order import Draw
 from magvit_fast.data.tokens import (
     INDEX,
@@ -78,6 +79,7 @@ def _write(
     """This process's shards, then the index. Shards that an interrupted run has left are kept."""
     from accelerate.utils import gather_object
 
+    check_writable(Path(config.tokens.path) / INDEX)
     source = open_clips(config.data, config.run.seed, quiet=not accelerator.is_main_process)
     draws = [Draw(e, i) for e in range(config.tokens.passes) for i in range(source.num_clips)]
     rank, count = accelerator.process_index, accelerator.num_processes
