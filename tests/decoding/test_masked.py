@@ -7,8 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.goldens import load_goldens
 
-from magvit_fast.decoding.masked import MaskedDecoding, decode_masked, masked_decoding_steps
+from magvit_fast.decoding.masked import (
+    MaskedDecoding,
+    decode_masked,
+    likely_values,
+    masked_decoding_steps,
+)
 from magvit_fast.decoding.schedules import Guidance, unknown_counts
+from magvit_fast.nn.embedding import unpack_subtokens
 
 GOLDEN = "magvit_v1/04_decode_N64"
 CASES = (
@@ -17,8 +23,12 @@ CASES = (
     "C_notemp_cosine",
     "D_fp_exp400",
     "E_fp_uniform7.5",
+    "F_topk5",
+    "G_topp0.8",
     "H_sampletemp0.5",
-)  # fmt: skip  (the others: top-k, top-p and the ablation conditions, which the project does not have)
+    "I_latentmask_input_input",
+    "J_cond_cond",
+)
 
 
 class Tables:
@@ -50,7 +60,14 @@ def test_replays_the_official_decoding(case: str) -> None:
         get("cond_tokens").long().view(batch, n) if has_condition else torch.zeros(batch, n).long()
     )
     inside = get("cond_mask").view(batch, n) if has_condition else torch.zeros(batch, n).bool()
+    fixed = str(golden[f"{case}/condition_mode"]) in ("input->input", "cond->cond")
+    if str(golden[f"{case}/condition_mode"]) == "input->input":
+        condition = get("inputs").long().view(batch, n)
     values, choice = get("gumbel_sample"), get("gumbel_mask")
+    top_k = int(get("sampling_topk"))
+    if top_k:  # stored for the logits in falling order: put every number where its logit is
+        order = get("logits").sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        values = torch.zeros_like(get("logits")).scatter(-1, order, values)
     network, unconditional = Tables(golden, case), Tables(golden, case)
     states = masked_decoding_steps(
         network,
@@ -61,6 +78,9 @@ def test_replays_the_official_decoding(case: str) -> None:
             schedule=tuple(get("num_unknown")[1:, 0].tolist()),  # float32 counts of the release
             temperature=float(get("sampling_temperature")),
             choice_temperature=float(get("mask_temperature")),
+            top_k=top_k,
+            top_p=float(get("sampling_topp")),
+            fixed_condition=fixed,
         ),
         noise=[(values[k].view(batch, n, 1, -1), choice[k].view(batch, n)) for k in range(steps)],
     )
@@ -75,7 +95,8 @@ def test_replays_the_official_decoding(case: str) -> None:
     assert k == steps - 1
     assert not state.unknown.any()
     assert torch.equal(state.tokens.view(shape), get("final").long())
-    named = MaskedDecoding(steps=steps, schedule=str(golden[f"{case}/schedule"])).counts(n)
+    total = int(get("num_unknown")[0, 0])
+    named = MaskedDecoding(steps=steps, schedule=str(golden[f"{case}/schedule"])).counts(total)
     official = get("num_unknown")[1:-1, 0].tolist()
     assert all(0 <= a - b <= 1 for a, b in zip(named[:-1], official, strict=True))
 
@@ -197,6 +218,50 @@ def test_guidance_of_zero_saves_the_second_pass() -> None:
     decode_masked(network, condition, inside, MaskedDecoding(steps=2), predict_unconditional=fail)
 
 
+def test_likely_values_by_hand() -> None:
+    logits = torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()
+    assert likely_values(logits, top_k=2).tolist() == [[True, False, True, False]]
+    assert likely_values(logits, top_k=9).all()
+    assert likely_values(logits, top_p=0.4).tolist() == [[True, False, False, False]]
+    assert likely_values(logits, top_p=0.7).tolist() == [[True, False, True, False]]
+    assert likely_values(logits, top_p=0.8).tolist() == [[True, False, True, True]]
+    assert likely_values(logits, top_p=1.0).tolist() == [[True, True, True, True]]
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 2}, {"top_p": 0.5}])
+def test_seeded_draws_stay_within_the_cut(cut: dict[str, float]) -> None:
+    logits = torch.randn(1, 300, 2, 8, generator=torch.Generator().manual_seed(1))
+
+    def predict(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def run(**options: float) -> torch.Tensor:
+        condition, inside = torch.zeros(1, 300).long(), torch.zeros(300, dtype=torch.bool)
+        settings = MaskedDecoding(steps=3, seed=5, **options)  # type: ignore[arg-type]
+        return unpack_subtokens(decode_masked(predict, condition, inside, settings), 2, 8)
+
+    allowed = likely_values(logits, **cut)  # type: ignore[arg-type]
+    assert allowed.gather(-1, run(**cut).unsqueeze(-1)).all()
+    assert torch.equal(run(**cut), run(**cut))
+    assert not allowed.gather(-1, run().unsqueeze(-1)).all()
+    assert (run(**cut) != logits.argmax(-1)).any()
+    assert torch.equal(run(**cut, temperature=0.0), logits.argmax(-1))
+
+
+def test_fixed_conditions_stay_and_may_differ_between_samples() -> None:
+    condition = torch.full((3, 20), 63)
+    inside = torch.arange(20) < torch.tensor([[5], [12], [20]])
+    config = MaskedDecoding(steps=4, fixed_condition=True)
+    states = list(masked_decoding_steps(random_network(), condition, inside, config))
+    for state in states:
+        assert (state.tokens[inside] == 63).all()
+        assert not (state.unknown & inside).any()
+        expected = [config.counts(n)[state.step] if n else 0 for n in (15, 8, 0)]
+        assert state.unknown.sum(1).tolist() == expected
+    assert not states[-1].unknown.any()
+    assert (states[-1].tokens[~inside] != 63).any()
+
+
 def test_bad_input() -> None:
     network = random_network()
     z, inside = torch.zeros(1, 10, dtype=torch.int64), torch.zeros(10, dtype=torch.bool)
@@ -218,6 +283,9 @@ def test_bad_input() -> None:
         ({"schedule": (5, 7), "steps": 2}, "schedule: expected 2 falling numbers"),
         ({"temperature": -1.0}, "temperature"),
         ({"choice_temperature": float("nan")}, "choice_temperature"),
+        ({"top_k": -1}, "top_k: expected 0 or more"),
+        ({"top_p": 1.5}, "top_p: expected a value"),
+        ({"top_k": 2, "top_p": 0.5}, "top_k and top_p"),
     ):
         with pytest.raises(ValueError, match=message):
             MaskedDecoding(**change)  # type: ignore[arg-type]

@@ -234,6 +234,12 @@ def test_a_stored_model_comes_back(tmp_path: Path) -> None:
     assert torch.equal(again.encode(video), model.encode(video))
 
 
+def test_videos_of_any_floating_dtype() -> None:
+    model, video = tiny(), torch.rand(1, 3, 4, 16, 16)
+    assert torch.equal(model.encode(video.double()), model.encode(video))
+    assert model.double().decode(model.encode(video)).dtype == torch.float64
+
+
 def test_bad_input_names_the_argument() -> None:
     model = tiny()
     for video, message in (

@@ -44,6 +44,13 @@ def test_parameter_counts_of_the_published_models() -> None:
     assert round(count(base) / 1e6, 1) == 87.3
     huge = dataclasses.replace(video, **one_head, hidden_size=1280, num_layers=32, mlp_size=5120)
     assert round(count(huge) / 1e6) == 634
+    for size, config in (("b", base), ("l", dataclasses.replace(video, **one_head)), ("h", huge)):
+        with torch.device("meta"):
+            model = MaskedTransformer.from_preset(f"magvit-{size}", num_classes=101)
+            several = MaskedTransformer.from_preset(f"magvit-{size}-multitask")
+        assert model.config == config
+        assert model.config.prefix_length + model.config.num_tokens == 1025
+        assert several.config.prefix_length + several.config.num_tokens == 1026
 
 
 def test_a_stored_model_comes_back(tmp_path: Path) -> None:

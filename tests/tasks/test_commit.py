@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.goldens import load_goldens
 
-from magvit_fast.tasks import PARTS, commit_loss, commit_mask, mask_ratio
+from magvit_fast.tasks import GIVEN, PARTS, CommitBatch, commit_loss, commit_mask, mask_ratio
 
 GOLDEN = "magvit_v1/02_training_mask"
 RECONSTRUCT, REFINE, MASK = range(3)
@@ -49,30 +49,97 @@ def test_label_smoothing_is_the_published_one() -> None:
     assert commit_loss(logits, batch).loss.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_matches_the_official_masking() -> None:
+MODES = {"cond->input": "commit", "input->input": "latent", "cond->cond": "fixed", "none": "commit"}
+
+
+def as_in_the_release(batch: CommitBatch, weight_mode: str) -> dict[str, torch.Tensor]:
+    """The five arrays that the release makes of a batch."""
+    selected = (batch.part == REFINE) | (batch.part == MASK)
+    return {
+        "masked_inputs": batch.tokens.masked_fill(batch.mask, -1),
+        "uncond_masked_inputs": batch.targets.masked_fill(selected, -1),
+        "segment_ids": (batch.part == REFINE).long(),
+        "targets": batch.targets,
+        "weights": (selected if weight_mode == "mask+refine" else batch.part != GIVEN).float(),
+    }
+
+
+def golden_cases() -> list[tuple[str, str, str, str, str]]:
+    """(key, mode, weight mode, region, ratio) of every case of the file but the tied one."""
+    keys = {k.rsplit("/", 1)[0] for k in load_goldens(GOLDEN) if k.endswith("/masked_inputs")}
+    cases = []
+    for key in sorted(keys - {"ties/r0.5"}):
+        if key.startswith("none/"):
+            cases.append((key, "none", "mask+refine", "", key.split("/")[1]))
+        elif key.startswith("persample|"):
+            cases.append((key, "cond->input", "mask+refine", "random", "per sample"))
+        else:
+            modes, region, ratio = key.split("/")
+            mode, weight_mode = modes.split("|")
+            cases.append((key, mode, weight_mode, region, ratio))
+    return cases
+
+
+def test_every_array_of_the_official_masking() -> None:
     golden = load_goldens(GOLDEN)
-    targets = torch.from_numpy(golden["z"]).long().flatten(1)
-    condition = torch.from_numpy(golden["z_cond"]).long().flatten(1)
+    targets, condition = (torch.from_numpy(golden[k]).long().flatten(1) for k in ("z", "z_cond"))
     scores = torch.from_numpy(golden["score"]).flatten(1)
     compared = 0
-    for region in ("frame_prediction", "outpainting_central", "inpainting_dynamic", "random"):
-        inside = torch.from_numpy(golden[f"condmask_{region}"]).flatten(1)
-        for i, ratio in enumerate(golden["ratios"]):
-            key = f"cond->input|mask+refine/{region}/r{i}"
-            if f"{key}/masked_inputs" not in golden:
-                continue
-            expected = torch.from_numpy(golden[f"{key}/masked_inputs"]).long().flatten(1)
-            u = torch.tensor([math.acos(float(ratio)) * 2 / math.pi])
-            if not torch.allclose(mask_ratio(u), torch.tensor(float(ratio)), atol=1e-6):
-                continue
-            batch = commit_mask(targets, condition, inside, u=u, scores=scores)
-            if abs(float(ratio) * 256 - round(float(ratio) * 256)) < 1e-3:
-                # an exact-integer count: the round trip through u may land one lower
-                assert abs(int((batch.part != 0).sum(1)[0]) - round(float(ratio) * 256)) <= 1
-                continue
-            assert torch.equal(batch.tokens.masked_fill(batch.mask, -1), expected), key
+    for key, mode, weight_mode, region, ratio in golden_cases():
+        has_condition = mode != "none"
+        inside = (
+            torch.from_numpy(golden[f"condmask_{region}"]).flatten(1) if has_condition else None
+        )
+        shares = (
+            golden["ratios"][int(ratio[1:])] if ratio != "per sample" else golden["persample_ratio"]
+        )
+        batch = commit_mask(
+            targets,
+            condition if has_condition else None,
+            inside,
+            mode=MODES[mode],  # type: ignore[arg-type]
+            ratio=torch.as_tensor(shares).reshape(-1),
+            scores=scores,
+        )
+        for name, ours in as_in_the_release(batch, weight_mode).items():
+            expected = torch.from_numpy(golden[f"{key}/{name}"]).flatten(1)
+            assert torch.equal(ours, expected.to(ours.dtype)), (key, name)
             compared += 1
-    assert compared >= 12
+    assert compared == 5 * (len(golden_cases()))
+    assert compared >= 500
+
+
+def test_tied_scores_select_fewer_than_in_the_release() -> None:
+    golden = load_goldens(GOLDEN)
+    targets = torch.from_numpy(golden["z"]).long().flatten(1)
+    scores = torch.from_numpy(golden["tie_score"]).flatten(1)
+    batch = commit_mask(targets, ratio=torch.tensor([0.5]), scores=scores)
+    official = torch.from_numpy(golden["ties/r0.5/masked_inputs"]).flatten(1) == -1
+    assert official.sum(1).tolist() == [134, 134, 141]
+    assert batch.mask.sum(1).tolist() == [128, 128, 128]
+    assert not (batch.mask & ~official).any()
+
+
+def test_ablation_modes_by_hand() -> None:
+    # 6 positions, the first 3 given; half of the other 3, rounded down: the lowest score there
+    targets = torch.tensor([[10, 11, 12, 13, 14, 15]])
+    condition = torch.tensor([[20, 21, 22, 23, 24, 25]])
+    inside = torch.tensor([True, True, True, False, False, False])
+    scores = torch.tensor([[0.1, 0.0, 0.3, 0.6, 0.5, 0.7]])
+    half = torch.tensor([0.5])
+    for mode, shown in (("latent", [10, 11, 12]), ("fixed", [20, 21, 22])):
+        batch = commit_mask(targets, condition, inside, mode=mode, ratio=half, scores=scores)  # type: ignore[arg-type]
+        assert batch.part.tolist() == [[GIVEN] * 3 + [RECONSTRUCT, MASK, RECONSTRUCT]]
+        assert batch.tokens[0, :3].tolist() == shown
+        assert batch.targets[0].tolist() == [*shown, 13, 14, 15]
+        assert batch.mask[0].tolist() == [False] * 4 + [True, False]
+    out = commit_loss(torch.zeros(1, 6, 1, 32), batch, label_smoothing=0.0)
+    assert out.loss.item() == pytest.approx(math.log(32))
+    assert out.fractions["mask"].item() == pytest.approx(1 / 6)
+    assert sum(f.item() for f in out.fractions.values()) == pytest.approx(0.5)
+    # nothing left to select
+    batch = commit_mask(targets, condition, inside | ~inside, mode="latent", ratio=half)
+    assert not batch.mask.any()
 
 
 @given(data=st.data())
@@ -120,6 +187,12 @@ def test_bad_inputs() -> None:
         commit_mask(z, z)
     with pytest.raises(ValueError, match="u: expected 1 or 2 draws"):
         commit_mask(z, u=torch.rand(3))
+    with pytest.raises(ValueError, match="ratio: expected 1 or 2 draws"):
+        commit_mask(z, ratio=torch.rand(3))
+    with pytest.raises(ValueError, match="u and ratio: expected at most one"):
+        commit_mask(z, u=torch.rand(1), ratio=torch.rand(1))
+    with pytest.raises(ValueError, match="mode: expected one of"):
+        commit_mask(z, mode="prefix")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="condition_mask: expected bool"):
         commit_mask(z, z, torch.zeros(7, dtype=torch.bool))
     batch = commit_mask(z)

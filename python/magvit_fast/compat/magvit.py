@@ -22,8 +22,10 @@ the order in which they are made. The rules:
     BertEmbed_0/word_embeddings/embedding           rows: codes, classes, "unconditional", special
                                                     tokens; the latter count from the end: MASK -1,
                                                     SEP -2, full generation -3, frame prediction -4,
-                                                    frame interpolation -5, outpainting -6,
-                                                    inpainting -7 (a single-task model has MASK only)
+                                                    frame interpolation -5, outpainting and
+                                                    inpainting -6 (with the release's correction
+                                                    flag inpainting -7); a single-task model has
+                                                    MASK only
     BertEmbed_0/position_embeddings/embedding       rows beyond our sequence are left out
     BertLayer_i/BertAttention_0/self_attention      query, key, value (hidden, heads, size) become
                                                     one matrix; out (heads, size, hidden)
@@ -51,7 +53,9 @@ from magvit_fast.models.masked_transformer import MaskedTransformer, MaskedTrans
 
 State = dict[str, Tensor]
 
-# Special tokens of the release by the names of our prompts: a task's own or one it shares.
+# Special tokens of the release by the names of our prompts: a task's own or one it shares. The
+# inpainting tasks have a token of their own (-7), but the released configs use that of outpainting
+# unless a flag corrects it.
 SPECIAL_TOKENS = {
     "mask": -1,
     "separator": -2,
@@ -65,10 +69,11 @@ SPECIAL_TOKENS = {
     "outpainting_vertical": -6,
     "outpainting_horizontal": -6,
     "outpainting_dynamic": -6,
-    "inpainting": -7,
-    "inpainting_central": -7,
-    "inpainting_dynamic": -7,
+    "inpainting": -6,
+    "inpainting_central": -6,
+    "inpainting_dynamic": -6,
 }
+INPAINTING_PATCHED = -7
 
 _PAD_MODES = {None: "zeros", "constant": "zeros", "reflect": "reflect", "edge": "replicate"}
 _FIELDS = {
@@ -140,6 +145,8 @@ def load_magvit(
     module: MagvitTokenizer | Discriminator3D | MaskedTransformer,
     arrays: Mapping[str, NDArray[Any] | Tensor],
     prefix: str = "",
+    *,
+    patched_inpainting: bool = False,
 ) -> None:
     """Fill `module` with the release's parameters, in place.
 
@@ -147,6 +154,7 @@ def load_magvit(
         module: what the tree is of. A tokenizer's tree has encoder/, decoder/ and quantizer/.
         arrays: path -> array, any float dtype (an open npz file will do).
         prefix: what comes before or after `param/`, such as a case name.
+        patched_inpainting: a transformer's inpainting prompts take the row -7 in place of -6.
 
     Raises:
         ValueError: a parameter is missing, left over, not finite or of the wrong shape; nothing has
@@ -155,7 +163,10 @@ def load_magvit(
     """
     tree = _Tree(select(arrays, prefix))
     state: State = {}
-    _read_module(module, tree, state)
+    if isinstance(module, MaskedTransformer):
+        _read_transformer(module, tree, state, patched_inpainting)
+    else:
+        _read_module(module, tree, state)
     tree.check_used()
     parameters = dict(module.named_parameters())
     for name, target in parameters.items():
@@ -221,8 +232,6 @@ def _read_module(module: nn.Module, tree: _Tree, state: State) -> None:
         state["quantizer.codebook"] = tree.take("quantizer/codebook")
     elif isinstance(module, Discriminator3D):
         _read_discriminator(module, tree, state)
-    elif isinstance(module, MaskedTransformer):
-        _read_transformer(module, tree, state)
     else:
         raise TypeError(f"module: {type(module).__name__} has no counterpart in the release")
 
@@ -260,7 +269,9 @@ def _read_discriminator(model: Discriminator3D, tree: _Tree, state: State) -> No
         _layer(tree, path, state, name, model.get_submodule(name))
 
 
-def _read_transformer(model: MaskedTransformer, tree: _Tree, state: State) -> None:
+def _read_transformer(
+    model: MaskedTransformer, tree: _Tree, state: State, patched_inpainting: bool
+) -> None:
     config = model.config
     if config.num_subtokens != 1:
         raise ValueError(
@@ -270,7 +281,7 @@ def _read_transformer(model: MaskedTransformer, tree: _Tree, state: State) -> No
     positions = tree.take("BertEmbed_0/position_embeddings/embedding")
     state["position_embedding"] = positions[: config.prefix_length + config.num_tokens]
     if words.dim() == 2:
-        state |= _split_rows(words, config)
+        state |= _split_rows(words, config, patched_inpainting)
     _layer(tree, "BertEmbed_0/embeddings_ln", state, "embedding_norm", model.embedding_norm)
     for i in range(config.num_layers):
         _read_bert_layer(model, i, tree, state)
@@ -281,10 +292,12 @@ def _read_transformer(model: MaskedTransformer, tree: _Tree, state: State) -> No
     state["heads.0.bias"] = tree.take("BertMlmLayer_0/mlm_bias/bias")[: config.subtoken_size]
 
 
-def _split_rows(words: Tensor, config: MaskedTransformerConfig) -> State:
+def _split_rows(words: Tensor, config: MaskedTransformerConfig, patched: bool) -> State:
     """The one table of the release as ours: codes, classes with "unconditional", prompts, MASK."""
     codes, classes = config.subtoken_size, config.num_classes + 1
     rows = {name: SPECIAL_TOKENS.get(name) for name in config.prompts}
+    if patched:
+        rows |= {name: INPAINTING_PATCHED for name in rows if name.startswith("inpainting")}
     if unknown := [name for name, row in rows.items() if row is None]:
         raise ValueError(f"module: prompts {', '.join(unknown)} have no row in the release")
     special = max([1, *(-row for row in rows.values() if row is not None)])

@@ -21,6 +21,7 @@ from magvit_fast.ops._checks import check_int, check_number
 # (tokens int64 [B, N], mask bool [B, N]) -> logits [B, N, G, V]
 Predict = Callable[[Tensor, Tensor], Tensor]
 Noise = tuple[Tensor, Tensor]  # Gumbel [B, N, G, V] for the values, Gumbel [B, N] for the choice
+_NEVER = -1e30  # added to a logit: never the largest, and finite
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class MaskedDecoding:
     * (1 - (k + 1) / steps). Published values of (steps, schedule, T): (12, cosine, 4.5) by default;
     BAIR (12, exp, 400); Kinetics-600 (12, uniform, 7.5); MAGVIT-v2 video (12 or 24, cosine, 32).
     seed: keys the counter-based random numbers; the same seed gives the same tokens on one device.
+    top_k: values are drawn from the k most likely ones alone (0: from all); top_p: from the
+        smallest set of the most likely ones that holds this probability (0: from all); not both.
+        Confidences are those of the full distribution, as in the released code.
+    fixed_condition: the tokens inside the condition region are known from the start and stay (the
+        ablations "latent" and "fixed" of tasks.commit_mask); counts are over the other positions.
     """
 
     steps: int = 12
@@ -41,13 +47,23 @@ class MaskedDecoding:
     choice_temperature: float = 4.5
     guidance: Guidance = field(default_factory=Guidance)
     seed: int = 0
+    top_k: int = 0
+    top_p: float = 0.0
+    fixed_condition: bool = False
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, least=1)
         check_int("seed", self.seed, least=0)
+        check_int("top_k", self.top_k, least=0)
         self.counts(1)  # raises for a bad schedule
-        for name in ("temperature", "choice_temperature"):
+        for name in ("temperature", "choice_temperature", "top_p"):
             check_number(name, getattr(self, name), least=0.0)
+        if self.top_p > 1:
+            raise ValueError(f"top_p: expected a value in [0, 1], got {self.top_p}")
+        if self.top_k and self.top_p:
+            raise ValueError(
+                f"top_k and top_p: expected one of them, got {self.top_k}, {self.top_p}"
+            )
 
     def counts(self, num_tokens: int) -> list[int]:
         """Unknown tokens after each step. The last step leaves none, whatever the schedule says."""
@@ -88,11 +104,11 @@ def masked_decoding_steps(
 ) -> Iterator[DecodingState]:
     """Run masked decoding step by step; see decode_masked for the arguments."""
     _check(condition, condition_mask, settings, predict_unconditional, noise)
-    num_tokens = condition.shape[1]
     inside = condition_mask.expand_as(condition)
-    counts = settings.counts(num_tokens)
     tokens, unknown = condition, torch.ones_like(inside)
-    for k, count in enumerate(counts):
+    if settings.fixed_condition:
+        unknown = ~inside
+    for k, count in enumerate(_unknown_after(settings, unknown)):
         progress = (k + 1) / settings.steps
         shown = torch.where(unknown & inside, condition, tokens)
         logits = predict(shown, unknown & ~inside)
@@ -108,11 +124,62 @@ def masked_decoding_steps(
             choice_temperature=settings.choice_temperature * (1.0 - progress),
             seed=settings.seed,
             step=first_step + k,
-            noise=None if noise is None else noise[k],
+            noise=_step_noise(
+                logits, settings, first_step + k, None if noise is None else noise[k]
+            ),
         )
         yield DecodingState(k, tokens, unknown)
-        if count == 0:
+        if isinstance(count, int) and count == 0:
             return
+
+
+def _unknown_after(settings: MaskedDecoding, unknown: Tensor) -> list[int | Tensor]:
+    """The number of unknown tokens after each step: ints, or one a sample where samples differ."""
+    if not settings.fixed_condition:
+        return [*settings.counts(unknown.shape[1])]
+    starts = unknown.sum(1).tolist()
+    if len(set(starts)) <= 1:
+        return [*settings.counts(starts[0])] if starts and starts[0] else [0]
+    counts = [settings.counts(n) if n else [0] * settings.steps for n in starts]
+    return list(torch.tensor(counts, device=unknown.device).T)
+
+
+def _step_noise(
+    logits: Tensor, settings: MaskedDecoding, step: int, noise: Noise | None
+) -> Noise | None:
+    """The noise of one step; with top_k or top_p it rules the unlikely values out.
+
+    So the choice is cut and the confidences are not.
+    """
+    if not (settings.top_k or settings.top_p) or settings.temperature == 0:
+        return noise  # the most likely value is in every cut
+    if noise is None:
+        generator = torch.Generator(device=logits.device)
+        generator.manual_seed((settings.seed * 1_000_003 + step) % 2**63)
+
+        def gumbel(like: Tensor) -> Tensor:
+            return -torch.empty_like(like).exponential_(generator=generator).log()
+
+        wide = logits.float()
+        noise = gumbel(wide), gumbel(wide[:, :, 0, 0])
+    kept = likely_values(logits.float(), settings.top_k, settings.top_p)
+    return noise[0].masked_fill(~kept, _NEVER), noise[1]
+
+
+def likely_values(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+    """bool, logits' shape [..., V]: True for the values that top_k or top_p leaves.
+
+    top_k keeps the k largest logits (more if some tie), top_p the fewest largest whose
+    probabilities at temperature 1 add up to at least that much.
+    """
+    ranked = logits.sort(dim=-1, descending=True).values
+    if top_k:
+        last = ranked[..., min(top_k, logits.shape[-1]) - 1].unsqueeze(-1)
+    else:
+        mass = ranked.softmax(-1).cumsum(-1)
+        index = (mass < top_p).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+        last = ranked.gather(-1, index)
+    return logits >= last
 
 
 @torch.no_grad()

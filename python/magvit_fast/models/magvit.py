@@ -276,6 +276,8 @@ class Decoder(nn.Module):
 class MagvitTokenizer(PretrainedMixin):
     """Video <-> tokens. Videos are [B, C, T, H, W] in [0, 1]; ids int64 [B, T', H', W'].
 
+    Videos of any floating dtype are taken; what comes out has the dtype of the weights.
+
     Example:
         >>> tokenizer = MagvitTokenizer.from_preset("magvit-b").eval()
         >>> ids = tokenizer.encode(torch.rand(1, 3, 16, 128, 128))   # [1, 4, 16, 16]
@@ -409,4 +411,5 @@ class MagvitTokenizer(PretrainedMixin):
             raise ValueError(f"video: expected a multiple of {step} frames, got {t}")
         if h < 1 or w < 1 or h % s or w % s:
             raise ValueError(f"video: expected height and width in multiples of {s}, got {h} x {w}")
-        return video.contiguous(memory_format=torch.channels_last_3d)
+        dtype = self.encoder.conv_in.weight.dtype
+        return video.to(dtype).contiguous(memory_format=torch.channels_last_3d)

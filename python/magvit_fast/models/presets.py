@@ -4,6 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+# layers, hidden size, heads, MLP (MAGVIT table 8)
+_MAGVIT_SIZES = {
+    "b": (12, 768, 12, 3072),
+    "l": (24, 1024, 16, 4096),
+    "h": (32, 1280, 16, 5120),
+}
+_SHARED_PROMPTS = (
+    "full_generation",
+    "frame_prediction",
+    "frame_interpolation",
+    "outpainting",
+    "inpainting",
+)
+
+
+def _magvit(layers: int, hidden: int, heads: int, mlp: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "mlp_size": mlp,
+        "grid": (4, 16, 16),
+        "num_subtokens": 1,
+        "subtoken_size": 1024,
+    }
+
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "MagvitV2Tokenizer": {
         # MAGVIT-v2, appendix architecture figure: 376,003,221 parameters, 17x128x128 -> 5x16x16.
@@ -73,6 +100,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "grid": (5, 16, 16),
             "num_subtokens": 2,
             "subtoken_size": 512,
+        },
+        # MAGVIT's B, L and H (the last in the released code alone) for 4x16x16 tokens: 87M, 306M and
+        # 634M parameters. Single-task: the prefix is [class]; num_classes=101 is UCF-101.
+        **{f"magvit-{size}": _magvit(*shape) for size, shape in _MAGVIT_SIZES.items()},
+        # The same for several tasks: the prefix is [task][class], tasks share prompts as in the
+        # released code (which further gives the inpainting tasks the outpainting prompt).
+        **{
+            f"magvit-{size}-multitask": {**_magvit(*shape), "prompts": _SHARED_PROMPTS}
+            for size, shape in _MAGVIT_SIZES.items()
         },
         # The model of `magvit-fast demo`: 320 tokens of 16 bits; 3.6M parameters.
         "magvit-v2-demo": {

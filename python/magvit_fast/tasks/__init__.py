@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from magvit_fast.tasks.commit import (
+    CONDITION_MODES,
+    GIVEN,
     PARTS,
     CommitBatch,
     CommitLoss,
+    ConditionMode,
     commit_loss,
     commit_mask,
     mask_ratio,
@@ -20,11 +23,14 @@ from magvit_fast.tasks.registry import (
 )
 
 __all__ = [
+    "CONDITION_MODES",
+    "GIVEN",
     "PARTS",
     "TASKS",
     "ClipGeometry",
     "CommitBatch",
     "CommitLoss",
+    "ConditionMode",
     "FrameTask",
     "RegionTask",
     "Task",

@@ -23,6 +23,11 @@ PARTS: tuple[Part, ...] = (
     "refine",
     "mask",
 )  # the index is the code in CommitBatch.part
+GIVEN = -1  # the code of positions that are neither masked nor predicted (ablations only)
+
+# How the condition region is treated; the release's names are in commit_mask.
+ConditionMode = Literal["commit", "latent", "fixed"]
+CONDITION_MODES: tuple[ConditionMode, ...] = ("commit", "latent", "fixed")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class CommitBatch:
     tokens: Tensor  # int64, the network's input (ignored where mask is True)
     mask: Tensor  # bool, True = MASK
     targets: Tensor  # int64, the true tokens z
-    part: Tensor  # int64 index into PARTS
+    part: Tensor  # int64 index into PARTS, or GIVEN
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ def commit_mask(
     condition: Tensor | None = None,
     condition_mask: Tensor | None = None,
     *,
+    mode: ConditionMode = "commit",
     u: Tensor | None = None,
+    ratio: Tensor | None = None,
     scores: Tensor | None = None,
     per_sample: bool = False,
     generator: torch.Generator | None = None,
@@ -71,33 +78,50 @@ def commit_mask(
     n = max(1, floor(N * cos(pi u / 2))) positions are selected: those of the n lowest scores (ties
     by position, so always exactly n; the released code selects every position of a tied threshold).
     u: uniform draws, one element (one ratio for the batch, as the released code does) or B elements
-    (one a sample, as the paper's notation reads). scores: uniform [B, N]. What is not given is
-    drawn from `generator`; `per_sample` chooses the number of drawn ratios.
+    (one a sample, as the paper's notation reads). ratio: the share itself in place of the cosine of
+    a draw. scores: uniform [B, N]. What is not given is drawn from `generator`; `per_sample`
+    chooses the number of drawn ratios.
+
+    mode: "commit" is the method ("cond->input" in the release). Two ablations of the paper never
+    select inside the condition region, count n over the other positions and ask for no prediction
+    there (part GIVEN): "latent" shows the true tokens ("input->input", the paper's latent masking),
+    "fixed" the condition tokens, which are then the targets too ("cond->cond").
     """
     batch, n = _check_targets(targets)
     device = targets.device
+    if mode not in CONDITION_MODES:
+        raise ValueError(f"mode: expected one of {CONDITION_MODES}, got {mode!r}")
     if (condition is None) != (condition_mask is None):
         raise ValueError("condition and condition_mask: expected both or neither")
-    if u is None:
-        u = torch.rand(batch if per_sample else 1, device=device, generator=generator)
-    if u.numel() not in (1, batch):
-        raise ValueError(f"u: expected 1 or {batch} draws, got shape {tuple(u.shape)}")
+    if u is not None and ratio is not None:
+        raise ValueError("u and ratio: expected at most one of them")
+    if ratio is None:
+        if u is None:
+            u = torch.rand(batch if per_sample else 1, device=device, generator=generator)
+        ratio = mask_ratio(u)
+    if ratio.numel() not in (1, batch):
+        name = "ratio" if u is None else "u"
+        raise ValueError(f"{name}: expected 1 or {batch} draws, got shape {tuple(ratio.shape)}")
     if scores is None:
         scores = torch.rand(batch, n, device=device, generator=generator)
     if scores.shape != targets.shape:
         raise ValueError(f"scores: expected {tuple(targets.shape)}, got {tuple(scores.shape)}")
 
-    count = (mask_ratio(u).reshape(-1, 1) * n).floor().clamp(min=1)  # [1 or B, 1]
-    rank = scores.argsort(dim=-1, stable=True).argsort(dim=-1)
-    selected = rank < count
     if condition is None or condition_mask is None:
-        inside = torch.zeros_like(selected)
-        tokens = targets
+        condition, inside = targets, torch.zeros_like(targets, dtype=torch.bool)
     else:
         inside = _check_condition(targets, condition, condition_mask)
-        tokens = torch.where(selected & inside, condition, targets)
+    given = inside if mode != "commit" else torch.zeros_like(inside)
+    if mode == "fixed":
+        targets = torch.where(inside, condition, targets)
+    selectable = n - given.sum(1, keepdim=True)  # [B, 1]
+    share = ratio.float().clamp(1e-6, 1.0).reshape(-1, 1)
+    count = (share * selectable).floor().clamp(min=1).minimum(selectable)
+    rank = scores.masked_fill(given, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
+    selected = rank < count
     mask = selected & ~inside
-    part = torch.where(mask, 2, torch.where(selected, 1, 0))
+    part = torch.where(mask, 2, torch.where(selected, 1, 0)).masked_fill(given, GIVEN)
+    tokens = torch.where(selected & inside, condition, targets)
     return CommitBatch(tokens=tokens, mask=mask, targets=targets, part=part)
 
 
