@@ -1,12 +1,11 @@
 // causal_conv3d: 3D convolution with one-sided time padding, and its two gradients.
 // Previous hop: bindings.cpp.
-// Next hop: cpu.cpp (per instruction set: kernels.simd.cpp) or cuda.cu; index_map.h is the
-// geometry.
+// Next hop: cpu.cpp, cpu_weight_grad.cpp or cuda.cu; index_map.h is the geometry.
 //
-//   y[n, o, co]  = bias[co] + sum over taps and ci of x[n, source(o, tap), ci] * weight[co, ci,
-//   tap] dx[n, s, ci] = sum over the (o, tap) whose source is s, and co, of dy[n, o, co] *
-//   weight[co, ci, tap] dweight[co, ci, tap] = sum over n and o of dy[n, o, co] * x[n, source(o,
-//   tap), ci]
+//   y[n, o, co] = bias[co] + sum over tap, ci of x[n, source(o, tap), ci] * weight[co, ci, tap]
+//   dx[n, s, ci] = sum over co and the (o, tap) of source s of dy[n, o, co] * weight[co, ci, tap]
+//   dweight[co, ci, tap] = sum over n, o of dy[n, o, co] * x[n, source(o, tap), ci]
+//
 // Sums are accumulated in float32. Each op is linear in both of its inputs, and the gradients of
 // each are made of the other two, so these three are closed under differentiation.
 #pragma once

@@ -1,6 +1,6 @@
-// causal_conv3d on the CPU: the forward pass and the input gradient, both as work for the gather
-// engine. Previous hop: bindings.cpp. Next hop: gather.simd.cpp; cpu_tables.cpp and cpu_pack.cpp
-// prepare for it; cpu_weight_grad.cpp.
+// causal_conv3d on the CPU: forward pass and input gradient as work for the gather engine.
+// Previous hop: bindings.cpp.
+// Next hop: gather.simd.cpp, after cpu_tables.cpp and cpu_pack.cpp; cpu_weight_grad.cpp.
 #include <cstring>
 
 #include "causal_conv3d/causal_conv3d.h"

@@ -1,5 +1,6 @@
-// causal_conv3d on the CPU: weights in the order in which the engine reads them, and widened
-// sources. Previous hop: cpu.cpp. Next hop: cpu_pack.cpp.
+// causal_conv3d on the CPU: weights in the order of the engine, and widened sources.
+// Previous hop: cpu.cpp.
+// Next hop: cpu_pack.cpp.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,5 +1,6 @@
-// causal_conv3d on the CPU: the index maps of index_map.h written out as lists for the gather
-// engine. Previous hop: cpu.cpp. Next hop: index_map.h.
+// causal_conv3d on the CPU: the index maps written out as lists for the gather engine.
+// Previous hop: cpu.cpp.
+// Next hop: index_map.h.
 #include "causal_conv3d/cpu_tables.h"
 
 namespace magvit_fast::cpu {

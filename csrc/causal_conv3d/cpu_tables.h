@@ -1,5 +1,6 @@
-// causal_conv3d on the CPU: the index maps of index_map.h written out as lists for the gather
-// engine. Previous hop: cpu.cpp. Next hop: cpu_tables.cpp.
+// causal_conv3d on the CPU: the index maps written out as lists for the gather engine.
+// Previous hop: cpu.cpp.
+// Next hop: cpu_tables.cpp.
 #pragma once
 
 #include "causal_conv3d/causal_conv3d.h"

@@ -2,17 +2,18 @@
 // Previous hop: cpu_weight_grad.cpp.
 // Next hop: none.
 //
-// Blocks of 96 output pixels are packed (rounded up to pairs for bfloat16 products), dy once and x
-// once per tap; a register tile of 6 scalar channels x 4 vectors then sums over the pixels. An item
-// keeps the sums of its taps in the L2 cache. Each block is a chain of its own, so float32 errors
-// grow with 96 + blocks, not with all pixels.
+// Blocks of 96 output pixels are packed (in pairs for bfloat16 products), dy once and x once per
+// tap; a register tile of 6 scalar channels x 4 vectors then sums over the pixels. An item keeps
+// the sums of its taps in the L2 cache. Each block is a chain of its own, so float32 errors do not
+// grow with the number of all pixels.
 //
-// Ladder, 512->512, 3x3x3, 5x16x16, one core of Zen 4, CPU time; floor 118 ms float32, 59 ms
-// bfloat16; best of PyTorch's two layouts 184 and 94 ms:
-//   v1  packed blocks, tile of 6 x 4                              172 ms    92 ms
-//   v2  narrow layers: taps side by side in one product, masked
-//       loads; 3->16, 17x64x64                                    17.5 -> 7.9 ms float32, 18 -> 6.3
-//       bfloat16
+// Ladder: 512->512, 3x3x3, 5x16x16, one core of Zen 4, CPU time. Floor 118 ms float32, 59 bfloat16.
+// The better of PyTorch's two layouts: 184 and 94 ms.
+//
+//   v1  packed blocks, tile of 6 x 4                            172 ms    92 ms
+//   v2  narrow layers: taps side by side in one product,
+//       masked loads; 3->16, 17x64x64:                          17.5 -> 7.9   18 -> 6.3
+//
 // What is left: for images (3 channels) the packing, tap by tap, costs more than the products.
 #include "causal_conv3d/weight_grad.h"
 

@@ -1,5 +1,6 @@
-// causal_conv3d: hands out pieces of the caller's workspace; the same walk with no memory measures
-// it. Previous hop: cpu*.cpp. Next hop: none.
+// causal_conv3d: hands out pieces of the caller's workspace, or measures it without memory.
+// Previous hop: cpu.cpp, cpu_weight_grad.cpp.
+// Next hop: none.
 #pragma once
 
 #include <cstddef>
