@@ -9,7 +9,8 @@ goes on after the last finished part (tokenizer, tokens, transformer). What is s
 - bits are learned softly: tanh(z) is decoded at first, and a growing share of it becomes the sign;
 - the tokenizer starts as one for images, on crops, and is inflated to video as in MAGVIT-v2: the
   newest time slice of each kernel takes all the weight;
-- clips grow from 5 frames of 32 pixels; at the end the decoder alone is trained on whole clips.
+- clips grow from 5 frames of 32 pixels; at the end the decoder alone is trained on whole clips;
+- the transformer starts from embeddings that know about bits and about the grid.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class TransformerRecipe:
     clip_norm: float
     ema_decay: float
     label_smoothing: float
+    largest_draw: float
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,7 @@ def train_transformer(recipe: Recipe, tokens: Tensor) -> MaskedTransformer:
     """COMMIT training of frame prediction; the result is the average of the weights."""
     options = recipe.transformer
     model = MaskedTransformer.from_preset(options.preset, dropout=0.0)
+    start_structured(model, torch.Generator().manual_seed(recipe.seed))
     ema = Ema(model, options.ema_decay)
     optimizer = torch.optim.AdamW(
         weight_decay_groups(model, options.weight_decay),
@@ -245,7 +248,10 @@ def train_transformer(recipe: Recipe, tokens: Tensor) -> MaskedTransformer:
         factor = warmup_cosine(step, warmup=options.warmup_steps, total=options.steps)
         set_rate(optimizer, options.learning_rate * factor)
         chosen = tokens[torch.randint(len(tokens), (options.batch_size,))]
-        batch = commit_mask(chosen, chosen, condition, per_sample=True)
+        # Small draws are high mask ratios: all that could be told from a neighbor in the same frame
+        # is gone, and motion is what is left to learn from.
+        draws = options.largest_draw * torch.rand(len(chosen)).square()
+        batch = commit_mask(chosen, chosen, condition, u=draws)
         with recipe.autocast():
             logits = model(batch.tokens, batch.mask)
         result = commit_loss(logits, batch, label_smoothing=options.label_smoothing)
@@ -254,6 +260,39 @@ def train_transformer(recipe: Recipe, tokens: Tensor) -> MaskedTransformer:
         ema.update(model)
         log.add(step, loss=result.loss, masked=result.parts["mask"])
     return ema.model
+
+
+@torch.no_grad()
+def start_structured(model: MaskedTransformer, generator: torch.Generator) -> None:
+    """A start that knows that ids are bits and that positions lie on a grid.
+
+    Rows of a sub-table that share bits start alike (heads are tied to the tables, so the first
+    logits are those of independent bits), and positions start as waves along t, h and w. Without
+    it the first thousand steps go into finding that out.
+    """
+    config = model.config
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0, 0.05, generator=generator)
+    count = config.subtoken_size.bit_length() - 1
+    values = torch.arange(config.subtoken_size)
+    signs = ((values[:, None] >> torch.arange(count)) & 1) * 2.0 - 1.0
+    for table in model.token_embedding.weight:
+        shared = signs @ torch.randn(count, config.hidden_size, generator=generator)
+        own = torch.randn(table.shape, generator=generator)
+        table.copy_(0.04 / count**0.5 * shared + 0.008 * own)
+    slots, rows, columns = config.grid
+    quarter = config.hidden_size // 4
+    widths = (quarter, (config.hidden_size - quarter) // 2, (config.hidden_size - quarter) // 2)
+    waves = []
+    for axis, (length, width) in enumerate(zip(config.grid, widths, strict=True)):
+        frequency = torch.pi * torch.arange(1, width // 2 + 1) / (width // 2)
+        angle = (torch.arange(length) + 0.5)[:, None] * frequency
+        wave = torch.cat([angle.cos(), angle.sin()], dim=1)
+        shape = [1, 1, 1, wave.shape[1]]
+        shape[axis] = length
+        waves.append(wave.view(shape).expand(slots, rows, columns, -1))
+    model.position_embedding[config.prefix_length :] = 0.06 * torch.cat(waves, -1).flatten(0, 2)
 
 
 # ---- what it is worth ----------------------------------------------------------------------------
