@@ -3,14 +3,15 @@
     python recipes/demo/train.py recipes/demo/demo.toml --output runs/demo
 
 writes tokenizer/, transformer/ and demo.json: what python/magvit_fast/demo/ holds. Interrupted, it
-goes on after the last finished part (tokenizer, tokens, transformer). What is special here, beside
+goes on after the last finished part (tokenizer, tokens, transformer, decoder). What is special here, beside
 `magvit-fast train`, is what makes an hour on a CPU enough:
 
 - bits are learned softly: tanh(z) is decoded at first, and a growing share of it becomes the sign;
 - the tokenizer starts as one for images, on crops, and is inflated to video as in MAGVIT-v2: the
   newest time slice of each kernel takes all the weight;
-- clips grow from 5 frames of 32 pixels; at the end the decoder alone is trained on whole clips;
-- the transformer starts from embeddings that know about bits and about the grid.
+- clips grow from 5 frames of 32 pixels; then the decoder alone is trained on whole clips;
+- the transformer starts from embeddings that know about bits and about the grid;
+- at the end the decoder learns from predicted tokens too: where the future is uncertain it blends.
 """
 
 from __future__ import annotations
@@ -90,6 +91,18 @@ class TransformerRecipe:
 
 
 @dataclass(frozen=True)
+class PolishRecipe:
+    steps: int
+    learning_rate: float
+    betas: tuple[float, float]
+    warmup_steps: int
+    clip_norm: float
+    ema_decay: float
+    reconstruction_weight: float
+    prediction_weight: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     precision: str
     threads: int
@@ -97,6 +110,7 @@ class Recipe:
     tokenizer: TokenizerRecipe
     tokens: dict[str, int]
     transformer: TransformerRecipe
+    polish: PolishRecipe
     decoding: dict[str, Any]
     evaluation: dict[str, Any]
 
@@ -106,6 +120,7 @@ class Recipe:
         stages = tuple(Stage(**stage) for stage in table["tokenizer"].pop("stages"))
         table["tokenizer"] = TokenizerRecipe(stages=stages, **table["tokenizer"])
         table["transformer"] = TransformerRecipe(**table["transformer"])
+        table["polish"] = PolishRecipe(**table["polish"])
         return cls(**table)
 
     def autocast(self) -> torch.autocast:
@@ -240,9 +255,7 @@ def train_transformer(recipe: Recipe, tokens: Tensor) -> MaskedTransformer:
         lr=options.learning_rate,
         betas=options.betas,
     )
-    slots, rows, columns = model.config.grid
-    # Causal: the first 5 frames alone make the first two slots, of any clip that begins with them.
-    condition = torch.arange(slots * rows * columns) < 2 * rows * columns
+    condition = given_positions(model)
     log = Log("transformer", options.steps)
     for step in range(options.steps):
         factor = warmup_cosine(step, warmup=options.warmup_steps, total=options.steps)
@@ -260,6 +273,12 @@ def train_transformer(recipe: Recipe, tokens: Tensor) -> MaskedTransformer:
         ema.update(model)
         log.add(step, loss=result.loss, masked=result.parts["mask"])
     return ema.model
+
+
+def given_positions(transformer: MaskedTransformer) -> Tensor:
+    """bool [N]: the first 5 frames alone make the first two slots, as the tokenizer is causal."""
+    slots, rows, columns = transformer.config.grid
+    return torch.arange(slots * rows * columns) < 2 * rows * columns
 
 
 @torch.no_grad()
@@ -293,6 +312,41 @@ def start_structured(model: MaskedTransformer, generator: torch.Generator) -> No
         shape[axis] = length
         waves.append(wave.view(shape).expand(slots, rows, columns, -1))
     model.position_embedding[config.prefix_length :] = 0.06 * torch.cat(waves, -1).flatten(0, 2)
+
+
+# ---- stage three: the decoder meets the transformer ----------------------------------------------
+def polish_decoder(
+    recipe: Recipe, tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer, tokens: Tensor
+) -> MagvitV2Tokenizer:
+    """Train the decoder on true and on predicted tokens in turn; ids stay what they are."""
+    options = recipe.polish
+    tokenizer.train().encoder.requires_grad_(False)
+    ema = Ema(tokenizer, options.ema_decay)
+    parameters: list[Tensor] = list(tokenizer.decoder.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, betas=options.betas)
+    grid, unknown = transformer.config.grid, ~given_positions(transformer)
+    size, log = transformer.config.subtoken_size, Log("decoder", options.steps)
+    for step in range(options.steps):
+        factor = warmup_cosine(step, warmup=options.warmup_steps, total=options.steps)
+        set_rate(optimizer, options.learning_rate * factor)
+        seed = int(torch.randint(len(tokens), ()))
+        ids, video = tokens[seed : seed + 1], to_video(render_clip(TRAIN_SEEDS[seed])[None])
+        predicted = step % 2 == 1
+        with recipe.autocast():
+            if predicted:
+                with torch.no_grad():
+                    best = transformer(ids, unknown.expand_as(ids)).argmax(-1)
+                ids = torch.where(unknown, best[..., 0] + size * best[..., 1], ids)
+            codes = tokenizer.quantizer.codes(ids.view(1, *grid))
+            output = tokenizer.decoder(codes.contiguous(memory_format=torch.channels_last_3d))
+        error = (output.float() - video).square()
+        weight = options.prediction_weight if predicted else options.reconstruction_weight
+        error = error[:, :, GIVEN:].mean() if predicted else error.mean()
+        update(optimizer, weight * error, parameters, options.clip_norm)
+        ema.decay = min(options.ema_decay, (20 + step) / (30 + step))
+        ema.update(tokenizer)
+        log.add(step, **{f"psnr_{'predicted' if predicted else 'true'}": -10 * error.log10()})
+    return ema.model
 
 
 # ---- what it is worth ----------------------------------------------------------------------------
@@ -373,16 +427,21 @@ def run(recipe: Recipe, output: Path) -> dict[str, float]:
     torch.manual_seed(recipe.seed)
     output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    if not (output / "tokenizer").exists():
-        train_tokenizer(recipe).save_pretrained(output / "tokenizer", dtype=torch.float16)
-    tokenizer = MagvitV2Tokenizer.from_pretrained(output / "tokenizer")
+    first = output / "first_tokenizer"
+    if not first.exists():
+        train_tokenizer(recipe).save_pretrained(first, dtype=torch.float16)
+    tokenizer = MagvitV2Tokenizer.from_pretrained(first)
     if not (output / "tokens.npy").exists():
         np.save(output / "tokens.npy", encode_scenes(recipe, tokenizer).numpy())
+    tokens = torch.from_numpy(np.load(output / "tokens.npy"))
     if not (output / "transformer").exists():
-        tokens = torch.from_numpy(np.load(output / "tokens.npy"))
         transformer = train_transformer(recipe, tokens)
         transformer.save_pretrained(output / "transformer", dtype=torch.float16)
     transformer = MaskedTransformer.from_pretrained(output / "transformer")
+    if not (output / "tokenizer").exists():
+        polished = polish_decoder(recipe, tokenizer, transformer, tokens)
+        polished.save_pretrained(output / "tokenizer", dtype=torch.float16)
+    tokenizer = MagvitV2Tokenizer.from_pretrained(output / "tokenizer")
     scores = evaluate(recipe, tokenizer, transformer)
     facts = {
         "decoding": recipe.decoding,

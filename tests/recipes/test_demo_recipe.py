@@ -84,6 +84,7 @@ def test_a_tiny_run_makes_both_models_and_their_scores(
         tokenizer=dataclasses.replace(recipe.tokenizer, stages=stages, soft_steps=3),
         tokens={"clips": 3, "batch_size": 2},
         transformer=dataclasses.replace(recipe.transformer, steps=2, batch_size=2),
+        polish=dataclasses.replace(recipe.polish, steps=2),
         decoding={**recipe.decoding, "steps": 2},
         evaluation={"clips": 1, "crf": 12.0},
     )
