@@ -1,2 +1,188 @@
+"""The CPU kernels: addresses, sizes and numbers in, nothing allocated (csrc/<op>/bindings.cpp).
+
+Every kernel ends with (instruction-set level, number of threads), as `_native.launcher` gives them. An address of 0
+stands for an absent tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 def build_info() -> dict[str, str]: ...
 def detect_isa() -> int: ...
+def causal_conv3d_forward_workspace(shape: Sequence[int], where: int, how: int) -> int: ...
+def causal_conv3d_input_grad_workspace(shape: Sequence[int], where: int, how: int) -> int: ...
+def causal_conv3d_weight_grad_workspace(shape: Sequence[int], where: int, how: int) -> int: ...
+def causal_conv3d_forward(
+    x: int,
+    history: int,
+    weight: int,
+    bias: int,
+    y: int,
+    workspace: int,
+    shape: Sequence[int],
+    where: int,
+    how: int,
+) -> None: ...
+def causal_conv3d_input_grad(
+    dy: int,
+    weight: int,
+    dx: int,
+    dhistory: int,
+    workspace: int,
+    shape: Sequence[int],
+    where: int,
+    how: int,
+) -> None: ...
+def causal_conv3d_weight_grad(
+    x: int,
+    history: int,
+    dy: int,
+    dweight: int,
+    workspace: int,
+    shape: Sequence[int],
+    where: int,
+    how: int,
+) -> None: ...
+def causal_conv3d_source_index(axis: Sequence[int], o: int, k: int) -> int: ...
+def causal_conv3d_readers(axis: Sequence[int], s: int, k: int) -> list[int]: ...
+def lfq_quantize_forward(
+    z: int,
+    quantized: int,
+    indices: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    outer_stride: int,
+    channel_stride: int,
+    inner_stride: int,
+    dtype: int,
+    msb_first: bool,
+    where: int,
+    how: int,
+) -> None: ...
+def lfq_codes_forward(
+    indices: int,
+    codes: int,
+    bad: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    dtype: int,
+    msb_first: bool,
+    where: int,
+    how: int,
+) -> None: ...
+def lfq_entropy_workspace_bytes(positions: int, channels: int, where: int, how: int) -> int: ...
+def lfq_entropy_sums(
+    z: int,
+    mask: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    outer_stride: int,
+    channel_stride: int,
+    inner_stride: int,
+    dtype: int,
+    scale: float,
+    stats: int,
+    probs: int,
+    workspace: int,
+    where: int,
+    how: int,
+) -> None: ...
+def lfq_entropy_codebook(
+    probs: int,
+    stats: int,
+    entropy: int,
+    workspace: int,
+    codes: int,
+    eps: float,
+    clamp: bool,
+    where: int,
+    how: int,
+) -> None: ...
+def lfq_entropy_backward(
+    z: int,
+    mask: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    outer_stride: int,
+    channel_stride: int,
+    inner_stride: int,
+    dtype: int,
+    scale: float,
+    probs: int,
+    stats: int,
+    grad_sample: int,
+    grad_codebook: int,
+    grad_z: int,
+    workspace: int,
+    eps: float,
+    clamp: bool,
+    where: int,
+    how: int,
+) -> None: ...
+def factorized_embedding_workspace_bytes(
+    positions: int,
+    dim: int,
+    groups: int,
+    bits: int,
+    dtype: int,
+    where: int,
+    how: int,
+) -> int: ...
+def factorized_embedding_forward(
+    ids: int,
+    mask: int,
+    positions: int,
+    dim: int,
+    groups: int,
+    bits: int,
+    dtype: int,
+    weight: int,
+    mask_embedding: int,
+    out: int,
+    bad: int,
+    where: int,
+    how: int,
+) -> None: ...
+def factorized_embedding_backward(
+    ids: int,
+    mask: int,
+    positions: int,
+    dim: int,
+    groups: int,
+    bits: int,
+    dtype: int,
+    grad: int,
+    grad_weight: int,
+    grad_mask_embedding: int,
+    workspace: int,
+    where: int,
+    how: int,
+) -> None: ...
+def confidence_remask(
+    logits: int,
+    tokens: int,
+    unknown: int,
+    num_unknown: int,
+    value_noise: int,
+    choice_noise: int,
+    new_tokens: int,
+    new_unknown: int,
+    bad: int,
+    workspace: int,
+    batch: int,
+    length: int,
+    groups: int,
+    bits: int,
+    dtype: int,
+    temperature: float,
+    choice_temperature: float,
+    seed: int,
+    step: int,
+    where: int,
+    how: int,
+) -> None: ...

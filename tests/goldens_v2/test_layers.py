@@ -142,12 +142,14 @@ def test_adaptive_norm(golden: Golden, case: str, device: torch.device) -> None:
     assert x.grad is not None
     assert condition.grad is not None
     assert error(y, arrays[f"{case}/y"]) < 1e-5
-    assert error(x.grad, arrays[f"{case}/dx"]) < 2e-5
+    assert error(x.grad, arrays[f"{case}/dx"]) < 1e-5
     assert (
         error(condition.grad, arrays[f"{case}/demb"]) < 1e-5 * np.abs(arrays[f"{case}/demb"]).max()
     )
     for slot in praxis_slots(layer):
-        assert parameter_error(layer, slot.path, arrays[f"{case}/grad/{slot.path}"]) < 1e-5
+        stored = f"{case}/grad/{slot.path}"
+        exact = arrays.get(f"{stored}.f64", arrays[stored])
+        assert parameter_error(layer, slot.path, exact) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,10 @@ def test_losses_and_gradients(
         "codebook_entropy": "batch_entropy",
     }.items():
         expected = float(arrays[f"{case}/{theirs}.f64"])
-        assert abs(number(out.losses[ours]) - expected) < bound * max(1.0, abs(expected)), ours
+        assert abs(number(out.losses[ours]) - expected) < bound, ours
+        # What the port computed in float32 is as far off as float32 is.
+        assert abs(number(out.losses[ours]) - float(arrays[f"{case}/{theirs}"])) < 1e-5, ours
+    assert arrays[f"{case}/straight_through_max_dev"] == (out.quantized.abs() - 1).abs().max() == 0
 
     for name in ("commitment", "quantizer"):
         (dz,) = torch.autograd.grad(out.losses[name], z, retain_graph=True)
@@ -114,7 +117,7 @@ def test_exact_entropies_without_the_guard(golden: Golden, case: str, device: to
     losses = quantizer(arrays, case, entropy_eps=0.0)(z).losses
     for ours, theirs in (("sample_entropy", "sample"), ("codebook_entropy", "batch")):
         expected = float(arrays[f"{case}/unguarded_{theirs}_entropy_f64"])
-        assert abs(number(losses[ours]) - expected) < 1e-9 * max(1.0, abs(expected))
+        assert abs(number(losses[ours]) - expected) < 1e-9
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "groups" not in c and "argmax" not in c])
@@ -146,7 +149,8 @@ def test_entropy_of_each_group(golden: Golden, case: str, device: torch.device) 
             assert layout == "strided"
             continue
         ours = [number(single(part).losses["codebook_entropy"]) for part in parts]
-        np.testing.assert_allclose(ours, arrays[name], atol=1e-9)
+        np.testing.assert_allclose(ours, arrays[name], atol=1e-9, rtol=0)
+        np.testing.assert_allclose(ours, arrays[name.removesuffix(".f64")], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "d10" in c or "d8" in c])
@@ -162,7 +166,7 @@ def test_mean_probabilities(golden: Golden, case: str, device: torch.device) -> 
     plus = torch.sigmoid(4 * z / settings["entropy_temperature"])
     codes = LFQ(bits).codes(torch.arange(2**bits, device=device).view(1, -1, 1, 1))[0, :, :, 0, 0].T
     joint = torch.where(codes > 0, plus[:, None], 1 - plus[:, None]).prod(-1).mean(0)
-    np.testing.assert_allclose(joint.cpu().numpy(), arrays[f"{case}/mean_probs"], atol=1e-6)
+    np.testing.assert_allclose(joint.cpu().numpy(), arrays[f"{case}/mean_probs"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("case", ID_CASES)
@@ -186,6 +190,8 @@ def test_token_ids_and_sub_tokens(golden: Golden, case: str, device: torch.devic
 
     positions = ~zeros.any(-1)
     expected = arrays[f"{case}/ids"][positions]
+    assert str(arrays[f"{case}/ids_dtype"]) == "uint32"  # which limits a group to 32 bits there
+    assert out.ids.dtype == torch.int64
     split = lfq.split_ids(out.ids)
     np.testing.assert_array_equal(split.cpu().numpy()[positions].reshape(expected.shape), expected)
     torch.testing.assert_close(lfq.merge_ids(split), out.ids, rtol=0, atol=0)

@@ -12,6 +12,8 @@ from magvit_fast import ops
 
 X = torch.zeros(1, 8, 3, 4, 4)
 W = torch.zeros(4, 8, 3, 3, 3)
+IDS = torch.zeros(1, 4, dtype=torch.int64)
+REMASK = (torch.zeros(1, 4, 2, 8), IDS, IDS == 0)
 
 WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("causal_conv3d", (X, W), {"stride": 1.5}, r"stride: expected an int or three ints.*got 1\.5"),
@@ -30,6 +32,37 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("depth_to_space3d", (X, 2), {"drop_first": 1.0}, r"drop_first: expected an int, got float"),
     ("blur_pool3d", (X, "2"), {}, "stride: expected an int or three ints.*got '2'"),
     ("blur_pool3d", (X,), {"filter_size": 2.5}, r"filter_size: expected an int, got float 2\.5"),
+    ("lfq_codes", (IDS, 6.0), {}, r"num_bits: expected an int, got float 6\.0"),
+    ("lfq_codes", (IDS, 6), {"channel_dim": None}, "channel_dim: expected an int, got NoneType"),
+    (
+        "lfq_entropy",
+        (X,),
+        {"inv_temperature": "hot"},
+        "inv_temperature: expected a number, got str",
+    ),
+    ("lfq_entropy", (X,), {"eps": None}, "eps: expected a number, got NoneType"),
+    (
+        "vq_nearest",
+        (X, W[0, :, 0, 0]),
+        {"channel_dim": "1"},
+        "channel_dim: expected an int, got str",
+    ),
+    ("factorized_embedding", (IDS.int(), W[:, 0]), {}, r"ids: expected dtype torch\.int64"),
+    ("confidence_remask", REMASK, {"num_unknown": 2.0}, r"num_unknown: expected an int, got float"),
+    ("confidence_remask", REMASK, {"num_unknown": True}, "num_unknown: expected an int, got bool"),
+    ("confidence_remask", REMASK, {"num_unknown": 1, "seed": 0.5}, "seed: expected an int, got fl"),
+    (
+        "confidence_remask",
+        REMASK,
+        {"num_unknown": 1, "step": None},
+        "step: expected an int, got No",
+    ),
+    (
+        "confidence_remask",
+        REMASK,
+        {"num_unknown": 1, "temperature": "a"},
+        "temperature: expected a",
+    ),
     ("lfq_quantize", (X,), {"channel_dim": 1.0}, r"channel_dim: expected an int, got float 1\.0"),
 ]
 

@@ -75,6 +75,12 @@ def test_golden_losses(step: int, dtype: torch.dtype) -> None:
     close(torch.autograd.grad(g_total, fake)[0], "d_g_loss_d_logits_fake")
     without, _ = generator_loss(video, reconstructed, logits_fake=fake)
     close(without, "eval_g_loss")
+    for name in ("real", "fake"):
+        before = golden_lecam(golden, step, dtype).get_buffer(f"ema_{name}")
+        torch.testing.assert_close(before, get(f"ema_{name}_before"), atol=1e-7, rtol=0)
+    # What the port hands through: it has no perceptual network, and no quantizer loss in evaluation.
+    assert get("perceptual_loss") == get("eval_quantizer_loss") == 0
+    close(get("in_grad_penalty"), "grad_penalty")
 
 
 def test_golden_reconstruction_gradient_and_settings() -> None:

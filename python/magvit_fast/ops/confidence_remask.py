@@ -198,8 +198,7 @@ def _counts(num_unknown: int | Tensor, logits: Tensor) -> Tensor:
     """num_unknown as int64 [B] on the device of logits."""
     batch = logits.shape[0]
     if not isinstance(num_unknown, Tensor):
-        if num_unknown < 0:
-            raise ValueError(f"num_unknown: expected 0 or more, got {num_unknown}")
+        _checks.check_int("num_unknown", num_unknown, least=0)
         return torch.full((batch,), num_unknown, dtype=torch.int64, device=logits.device)
     if num_unknown.is_floating_point() or num_unknown.dtype == torch.bool:
         raise TypeError(f"num_unknown: expected an int or an int tensor, got {num_unknown.dtype}")
@@ -215,9 +214,10 @@ def _counts(num_unknown: int | Tensor, logits: Tensor) -> Tensor:
 
 
 def _check_numbers(temperature: float, choice_temperature: float, seed: int, step: int) -> None:
-    for name, value in (("temperature", temperature), ("choice_temperature", choice_temperature)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number, 0 or more, got {value}")
+    _checks.check_number("temperature", temperature, least=0.0)
+    _checks.check_number("choice_temperature", choice_temperature, least=0.0)
+    _checks.check_int("seed", seed)
+    _checks.check_int("step", step)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed}")
     if not 0 <= step < 2**32:

@@ -121,6 +121,8 @@ def lfq_codes(
     _checks.check_tensor("indices", indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"indices: expected dtype torch.int64, got {indices.dtype}")
+    _checks.check_int("num_bits", num_bits)
+    _checks.check_int("channel_dim", channel_dim)
     if not 1 <= num_bits <= MAX_CHANNELS:
         raise ValueError(f"num_bits: expected 1 to {MAX_CHANNELS}, got {num_bits}")
     _checks.check_choice("bit_order", bit_order, ("lsb", "msb"))

@@ -242,7 +242,8 @@ def _check(
             f"z: expected 1 to {MAX_CHANNELS} channels at dim {axis}, got {z.shape[axis]} "
             "(more bits: take the entropy by groups of channels)"
         )
-    if not 0 < inv_temperature < float("inf"):
+    _checks.check_number("eps", eps)
+    if _checks.check_number("inv_temperature", inv_temperature) <= 0:
         raise ValueError(f"inv_temperature: expected a positive number, got {inv_temperature}")
     if not 0 <= eps < 1:
         raise ValueError(f"eps: expected 0 <= eps < 1, got {eps}")
