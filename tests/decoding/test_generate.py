@@ -10,6 +10,8 @@ import magvit_fast as mf
 from magvit_fast.decoding import MaskedDecoding, clip_geometry, generate_tokens
 from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models import (
+    MagvitConfig,
+    MagvitTokenizer,
     MagvitV2Config,
     MagvitV2Tokenizer,
     MaskedTransformer,
@@ -268,3 +270,66 @@ def test_cuda_draws_the_tokens_of_the_cpu(tokenizer: MagvitV2Tokenizer) -> None:
         mf.generate(tokenizer.cuda(), model, task="frame_prediction", video=video)
     with pytest.raises(ValueError, match="tokenizer: expected device cuda"):
         mf.generate(tokenizer.cpu(), model, task="frame_prediction", video=video)
+
+
+@pytest.fixture(scope="module")
+def magvit() -> tuple[MagvitTokenizer, MaskedTransformer]:
+    """MAGVIT's non-causal pair: 16 frames of 16 x 16 pixels -> 4 x 4 x 4 tokens of 4 bits."""
+    torch.manual_seed(3)
+    tokenizer = MagvitTokenizer(
+        MagvitConfig(
+            filters=4, channel_multipliers=(1, 1, 2), temporal_downsample=(True, True),
+            num_res_blocks=1, norm_groups=2, codebook_size=16, embedding_dim=4,
+        )
+    )  # fmt: skip
+    prompts = (
+        "full_generation",
+        "frame_prediction",
+        "frame_interpolation",
+        "outpainting",
+        "inpainting",
+    )
+    transformer = make_transformer(
+        grid=(4, 4, 4), num_subtokens=1, subtoken_size=16, prompts=prompts
+    )
+    return tokenizer, transformer
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_with_magvit(
+    name: str, magvit: tuple[MagvitTokenizer, MaskedTransformer]
+) -> None:
+    tokenizer, transformer = magvit
+    task, geometry = TASKS[name], clip_geometry(tokenizer, transformer)
+    assert (geometry.size, geometry.grid, geometry.causal) == ((16, 16, 16), (4, 4, 4), False)
+    video = clip(16) if task.has_condition else None
+    classes = [1, 2] if task.class_conditional else None
+    settings = {"task": name, "video": video, "class_id": classes, "steps": 3}
+    out = mf.generate(tokenizer, transformer, **settings)
+    assert out.shape == (2, 3, 16, 16, 16)
+    assert 0 <= out.min() <= out.max() <= 1
+    assert torch.equal(out, mf.generate(tokenizer, transformer, **settings))
+    if video is not None:
+        # exactly the given pixels matter
+        given = task.pixel_mask(geometry)
+        noise = torch.rand(video.shape, generator=torch.Generator().manual_seed(9))
+        same = mf.generate(
+            tokenizer, transformer, **{**settings, "video": torch.where(given, video, noise)}
+        )
+        assert torch.equal(out, same)
+        seen = task.condition_video(video, geometry)
+        assert not torch.equal(seen, task.condition_video(1 - video, geometry))
+
+
+def test_magvit_predicts_long_videos_from_one_frame(
+    magvit: tuple[MagvitTokenizer, MaskedTransformer],
+) -> None:
+    out = mf.generate(*magvit, task="frame_prediction", video=clip(1), steps=2, frames=40)
+    assert out.shape == (2, 3, 40, 16, 16)
+
+
+def test_models_of_different_systems_name_both(
+    tokenizer: MagvitV2Tokenizer, magvit: tuple[MagvitTokenizer, MaskedTransformer]
+) -> None:
+    with pytest.raises(ValueError, match=r"1 x 16 sub-tokens hold 4 bits, .* have 6 bits"):
+        mf.generate(tokenizer, magvit[1], task="frame_prediction", video=clip(), steps=2)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from tests.goldens import load_goldens
 
 from magvit_fast.errors import FileFormatError
+from magvit_fast.models.discriminator import Discriminator3D
+from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.training.config import TokenizerTraining, TransformerTraining, load_recipe
 
@@ -48,6 +53,56 @@ def test_published_values():
     assert recipe.optimizer.betas == (0.9, 0.96)
     assert (recipe.optimizer.weight_decay, recipe.optimizer.clip_norm) == (0.045, 1.0)
     assert recipe.task.label_smoothing == 1e-4
+
+
+def test_published_values_of_magvit():
+    schedules = load_goldens("magvit_v1/11_lr_schedule")
+    for name, config in (
+        ("magvit-b-ucf101-tokenizer", "vqgan3d_ucf101_B"),
+        ("magvit-l-ucf101-tokenizer", "vqgan3d_ucf101_L"),
+        ("magvit-b-bair-tokenizer", "vqgan3d_bair_B"),
+        ("magvit-b-ucf101-class-generation", "maskgvt_ucf101_B"),
+    ):
+        path = RECIPES / f"{name}.toml"
+        recipe = load_recipe(path, kind_of(path))
+        assert recipe.run.steps == schedules[f"{config}/total"], name
+        assert recipe.optimizer.warmup_steps == schedules[f"{config}/warmup"], name
+        assert recipe.optimizer.learning_rate == schedules[f"{config}/base"], name
+    recipe = load_recipe(RECIPES / "magvit-l-ucf101-tokenizer.toml", TokenizerTraining)
+    assert recipe.model == MagvitConfig(filters=128)
+    clip = (recipe.data.frames, recipe.data.size, recipe.data.size)
+    with torch.device("meta"):
+        judge = Discriminator3D(dataclasses.replace(recipe.discriminator, clip=clip))
+    assert round(sum(p.numel() for p in judge.parameters()) / 1e6, 2) == 61.34
+    recipe = load_recipe(RECIPES / "magvit-b-ucf101-class-generation.toml", TransformerTraining)
+    assert (recipe.model.num_classes, recipe.model.num_tokens, recipe.model.num_bits) == (
+        101,
+        1024,
+        10,
+    )
+
+
+def test_systems_are_named_and_checked(tmp_path):
+    magvit = '[model]\nsystem = "magvit"\nfilters = 8\nnorm_groups = 4\n'
+    frames = f"{DATA}frames = 16\n"
+    assert read(tmp_path, RUN + frames + magvit).model == MagvitConfig(filters=8, norm_groups=4)
+    named = read(tmp_path, RUN + DATA + '[model]\nsystem = "magvit-v2"\n')
+    assert named.model == MagvitV2Config()
+    for text, message in (
+        (
+            RUN + DATA + '[model]\nsystem = "vq"\n',
+            "'model.system': expected 'magvit-v2' or 'magvit'",
+        ),
+        (RUN + DATA + magvit, "data.frames': expected a multiple of 4 for this model, got 17"),
+        (
+            RUN + f"{frames}image_ratio = 0.5\n" + magvit,
+            "data.image_ratio': this model takes clips",
+        ),
+        (RUN + frames + magvit + "num_bits = 3\n", "unknown key 'model.num_bits'"),
+        (RUN + frames + '[model]\nsystem = "magvit"\npreset = "magvit-v2-base"\n', "no preset"),
+    ):
+        with pytest.raises(FileFormatError, match=message):
+            read(tmp_path, text)
 
 
 def test_tables_keep_the_defaults_of_their_stage(tmp_path):

@@ -16,6 +16,7 @@ from magvit_fast.training.losses import (
     discriminator_adversarial_loss,
     discriminator_loss,
     entropy_weight,
+    generator_adversarial_loss,
     generator_loss,
     r1_penalty,
     reconstruction_loss,
@@ -136,6 +137,10 @@ def test_first_reading_of_lecam_matches_the_official_code() -> None:
     real, fake = (torch.from_numpy(golden[f"{k}_logits"]) for k in ("real", "fake"))
     official = float(golden["d_loss_non-saturating"])
     assert discriminator_adversarial_loss(real, fake).item() == pytest.approx(official, rel=1e-6)
+    official = float(golden["g_loss_non-saturating"])
+    assert generator_adversarial_loss(fake).item() == pytest.approx(official, rel=1e-6)
+    pair = (torch.from_numpy(golden[f"l_{k}"]) for k in "ab")
+    assert reconstruction_loss(*pair).item() == pytest.approx(float(golden["l2"]), rel=1e-6)
 
 
 def test_lecam_state_survives_a_checkpoint() -> None:

@@ -189,7 +189,15 @@ def _download(name: str, revision: str | None, subfolder: str) -> Path:
     return Path(local)
 
 
-def _read_config(path: Path, cls: type[PretrainedMixin]) -> Any:
+def stored_model_name(
+    source: str | os.PathLike[str], *, revision: str | None = None, subfolder: str = ""
+) -> str:
+    """The class of a stored model, by its config.json. Raises as `from_pretrained`."""
+    path = _resolve(source, revision, subfolder) / CONFIG_NAME
+    return str(_read_header(path).get("model"))
+
+
+def _read_header(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file; expected a directory made by save_pretrained")
     try:
@@ -203,6 +211,11 @@ def _read_config(path: Path, cls: type[PretrainedMixin]) -> Any:
             f"{path}: format version {header.get('version')!r}, this release reads {VERSION}; "
             "update magvit_fast"
         )
+    return header
+
+
+def _read_config(path: Path, cls: type[PretrainedMixin]) -> Any:
+    header = _read_header(path)
     if header.get("model") != cls.__name__:
         raise FileFormatError(
             f"{path}: holds a {header.get('model')}, expected a {cls.__name__}; "

@@ -81,6 +81,11 @@ class MagvitV2Config:
             group_count(width, self.norm_groups)
 
     @property
+    def causal(self) -> bool:
+        """Slot 0 is the first frame alone (see tasks.ClipGeometry)."""
+        return True
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
         return tuple(self.filters * m for m in self.channel_multipliers)

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models.discriminator import DiscriminatorConfig
+from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformerConfig
 from magvit_fast.models.presets import preset
@@ -31,10 +32,14 @@ T = TypeVar("T")
 
 # Config class -> the model class under which models/presets.py lists its presets.
 _PRESET_OWNERS: dict[type, str] = {
+    MagvitConfig: "MagvitTokenizer",
     MagvitV2Config: "MagvitV2Tokenizer",
     DiscriminatorConfig: "Discriminator3D",
     MaskedTransformerConfig: "MaskedTransformer",
 }
+
+# What `system` may say in a table that can be of several config classes; the first is the default.
+_SYSTEMS: dict[str, type] = {"magvit-v2": MagvitV2Config, "magvit": MagvitConfig}
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -153,6 +158,8 @@ class EntropyConfig:
 class TokenizerTraining:
     """Stage one. The discriminator's clip is set from [data]; loss.adversarial 0 trains without it.
 
+    model: of MAGVIT-v2, or of MAGVIT where its table says system = "magvit".
+
     perceptual_weights: a folder or hub id of an ImageNet ResNet-50 (see training/perceptual.py); empty
         leaves the perceptual loss out. ema_decay: of the generator's average, which is the result.
     recompute_levels: see MagvitV2Tokenizer.set_gradient_checkpointing.
@@ -160,7 +167,7 @@ class TokenizerTraining:
 
     run: RunConfig
     data: DataConfig
-    model: MagvitV2Config = field(default_factory=MagvitV2Config)
+    model: MagvitV2Config | MagvitConfig = field(default_factory=MagvitV2Config)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss: TokenizerLossWeights = field(default_factory=TokenizerLossWeights)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
@@ -170,10 +177,17 @@ class TokenizerTraining:
     recompute_levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.data.frames - 1) % self.model.time_stride:
+        stride = self.model.time_stride
+        lead = 1 if self.model.causal else 0
+        if (self.data.frames - lead) % stride:
+            expected = f"1 + {stride}k" if lead else f"a multiple of {stride}"
             raise ValueError(
-                f"data.frames: expected 1 + {self.model.time_stride}k for this model, "
-                f"got {self.data.frames}"
+                f"data.frames: expected {expected} for this model, got {self.data.frames}"
+            )
+        if self.data.image_ratio > 0 and (1 - lead) % stride:
+            raise ValueError(
+                f"data.image_ratio: this model takes clips of {stride}k frames and no single "
+                f"images, got {self.data.image_ratio}"
             )
         if self.data.size % self.model.space_stride:
             raise ValueError(
@@ -301,6 +315,14 @@ def _convert(value: Any, hint: Any, file: str, key: str, base: Any) -> Any:
         if value in arguments:
             return value
     elif origin in (Union, types.UnionType):
+        if isinstance(value, dict) and set(arguments) <= set(_SYSTEMS.values()):
+            value = dict(value)
+            system = value.pop("system", next(iter(_SYSTEMS)))
+            if system not in _SYSTEMS:
+                known = " or ".join(map(repr, _SYSTEMS))
+                raise FileFormatError(f"{file}key '{key}.system': expected {known}, got {system!r}")
+            chosen = _SYSTEMS[system]
+            return _build(chosen, value, file, f"{key}.", base if type(base) is chosen else None)
         for choice in arguments:
             if choice is not type(None):
                 return _convert(value, choice, file, key, base)

@@ -23,16 +23,16 @@ from magvit_fast.data.tokens import (
     write_shard,
 )
 from magvit_fast.errors import MissingExtraError
-from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
+from magvit_fast.models.tokenizers import VideoTokenizer
 from magvit_fast.tasks import ClipGeometry, FrameTask, Task
 from magvit_fast.training.config import TransformerTraining
 from magvit_fast.training.sources import open_clips
 
 
-def clip_geometry(tokenizer: MagvitV2Tokenizer, frames: int, size: int) -> ClipGeometry:
+def clip_geometry(tokenizer: VideoTokenizer, frames: int, size: int) -> ClipGeometry:
     """The geometry of clips [3, frames, size, size] under this tokenizer."""
     grid = tokenizer.config.latent_shape(frames, size, size)
-    return ClipGeometry(frames, size, size, grid, causal=True)
+    return ClipGeometry(frames, size, size, grid, causal=tokenizer.config.causal)
 
 
 def condition_differs(task: Task, geometry: ClipGeometry, time_stride: int) -> bool:
@@ -51,7 +51,7 @@ def condition_differs(task: Task, geometry: ClipGeometry, time_stride: int) -> b
 def open_or_write_tokens(
     accelerator: Any,
     config: TransformerTraining,
-    tokenizer: MagvitV2Tokenizer,
+    tokenizer: VideoTokenizer,
     task: Task,
     *,
     progress: bool = True,
@@ -71,7 +71,7 @@ def open_or_write_tokens(
 def _write(
     accelerator: Any,
     config: TransformerTraining,
-    tokenizer: MagvitV2Tokenizer,
+    tokenizer: VideoTokenizer,
     task: Task,
     fingerprint: str,
     progress: bool,
@@ -119,7 +119,7 @@ class _Encoder:
         self,
         accelerator: Any,
         config: TransformerTraining,
-        tokenizer: MagvitV2Tokenizer,
+        tokenizer: VideoTokenizer,
         condition: Task | None,
         geometry: ClipGeometry,
     ) -> None:

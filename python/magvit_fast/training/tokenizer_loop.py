@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from magvit_fast.models.discriminator import Discriminator3D
-from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
+from magvit_fast.models.tokenizers import new_tokenizer
 from magvit_fast.training.config import TokenizerTraining
 from magvit_fast.training.ema import Ema
 from magvit_fast.training.losses import (
@@ -68,11 +68,13 @@ class TokenizerTrainer:
         self, accelerator: Any, config: TokenizerTraining, perceptual: nn.Module | None = None
     ) -> None:
         self.accelerator, self.config = accelerator, config
-        tokenizer = MagvitV2Tokenizer(config.model)
+        tokenizer = new_tokenizer(config.model)
         tokenizer.set_gradient_checkpointing(config.recompute_levels)
         discriminator = _new_discriminator(config)
         self.perceptual = _perceptual_loss(config, perceptual, accelerator)
-        self.lecam = LeCam(config.loss.lecam_decay).to(accelerator.device)
+        self.lecam = LeCam(config.loss.lecam_decay, "v2" if config.model.causal else "v1").to(
+            accelerator.device
+        )
         self.networks = nn.ModuleDict({"tokenizer": tokenizer})
         if discriminator is not None:
             self.networks["discriminator"] = discriminator
@@ -113,7 +115,7 @@ class TokenizerTrainer:
             total, parts = generator_loss(
                 video,
                 fake,
-                quantizer=output.losses["commitment"] + factor * output.losses["entropy"],
+                quantizer=output.losses["quantizer"] + (factor - 1) * output.losses["entropy"],
                 logits_fake=logits_fake,
                 perceptual=distance,
                 weights=weights,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from magvit_fast.data.tokens import TokenHeader
-from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
 from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.models.tokenizers import load_tokenizer
 from magvit_fast.tasks import (
     ClipGeometry,
     CommitBatch,
@@ -33,12 +33,15 @@ def train_transformer(config: TransformerTraining, *, progress: bool = True) -> 
     The token shards of `config.tokens.path` are written first if there are none.
     """
     accelerator = new_accelerator(config.run)
-    tokenizer = MagvitV2Tokenizer.from_pretrained(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     task = task_of(config.task)
     tokens = open_or_write_tokens(accelerator, config, tokenizer, task, progress=progress)
+    causal = tokenizer.config.causal
     del tokenizer
     torch.manual_seed(config.run.seed)
-    trainer = TransformerTrainer(accelerator, config, task, tokens.header, len(tokens.class_names))
+    trainer = TransformerTrainer(
+        accelerator, config, task, tokens.header, len(tokens.class_names), causal=causal
+    )
     run = Run(accelerator, config)
     result = run.train(
         tokens,
@@ -74,6 +77,8 @@ class TransformerTrainer:
         task: Task,
         header: TokenHeader,
         num_classes: int = 0,
+        *,
+        causal: bool = True,
     ) -> None:
         self.accelerator, self.config, self.task = accelerator, config, task
         shape = config.model
@@ -89,7 +94,7 @@ class TransformerTrainer:
             )
         model = MaskedTransformer(shape)
         self.prompt_id = model.prompt_id(task.name, task.prompt)
-        self.geometry = ClipGeometry(*header.video, header.grid, causal=True)
+        self.geometry = ClipGeometry(*header.video, header.grid, causal=causal)
         optimizer = torch.optim.AdamW(
             weight_decay_groups(model, config.optimizer.weight_decay),
             lr=config.optimizer.learning_rate,

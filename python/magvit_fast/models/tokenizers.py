@@ -1,0 +1,44 @@
+"""Stored tokenizers of any system, by what their files say they are."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeAlias
+
+from magvit_fast.errors import FileFormatError
+from magvit_fast.models.checkpoint import stored_model_name
+from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
+from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
+
+VideoTokenizer: TypeAlias = MagvitTokenizer | MagvitV2Tokenizer
+VideoTokenizerConfig: TypeAlias = MagvitConfig | MagvitV2Config
+
+_TOKENIZERS = (MagvitTokenizer, MagvitV2Tokenizer)
+
+
+def new_tokenizer(config: VideoTokenizerConfig) -> VideoTokenizer:
+    """A freshly initialized tokenizer of the system that the config is of."""
+    return (
+        MagvitTokenizer(config) if isinstance(config, MagvitConfig) else MagvitV2Tokenizer(config)
+    )
+
+
+def load_tokenizer(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    **options: Any,
+) -> VideoTokenizer:
+    """A stored tokenizer, whichever class it is of; arguments as `PretrainedMixin.from_pretrained`.
+
+    Raises:
+        FileFormatError: as from_pretrained, and for a model that is no tokenizer.
+        MissingExtraError: as from_pretrained.
+    """
+    name = stored_model_name(source, revision=revision, subfolder=subfolder)
+    for kind in _TOKENIZERS:
+        if kind.__name__ == name:
+            return kind.from_pretrained(source, revision=revision, subfolder=subfolder, **options)
+    known = " or ".join(kind.__name__ for kind in _TOKENIZERS)
+    raise FileFormatError(f"{os.fspath(source)}: holds a {name}, expected a {known}")

@@ -1,0 +1,77 @@
+"""Both stages of MAGVIT: a non-causal tokenizer with a codebook, and the transformer on its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.tiny import SCENES, tokenizer_recipe, transformer_recipe
+
+import magvit_fast as mf
+from magvit_fast.data.order import Draw
+from magvit_fast.data.tokens import TokenClips
+from magvit_fast.errors import FileFormatError
+from magvit_fast.models import (
+    DiscriminatorConfig,
+    MagvitConfig,
+    MagvitTokenizer,
+    MaskedTransformer,
+    MaskedTransformerConfig,
+    load_tokenizer,
+)
+from magvit_fast.tasks import ClipGeometry, get_task
+from magvit_fast.training.config import TaskConfig
+from magvit_fast.training.sources import open_clips
+from magvit_fast.training.tokenizer_loop import train_tokenizer
+from magvit_fast.training.transformer_loop import train_transformer
+
+MODEL = MagvitConfig(
+    filters=8, channel_multipliers=(1, 2), temporal_downsample=(True,), num_res_blocks=1,
+    norm_groups=4, codebook_size=16, embedding_dim=4,
+)  # fmt: skip
+CLIPS = dataclasses.replace(SCENES, frames=4, size=16)  # -> 2 x 8 x 8 tokens
+
+
+def test_both_stages_and_generation(tmp_path: Path) -> None:
+    stage_one = tokenizer_recipe(
+        tmp_path / "one", data=CLIPS, model=MODEL, steps=3,
+        discriminator=DiscriminatorConfig(filters=4, channel_multipliers=(2, 2), pooling="average"),
+    )  # fmt: skip
+    result = train_tokenizer(stage_one, progress=False)
+    tokenizer = load_tokenizer(result.output)
+    assert isinstance(tokenizer, MagvitTokenizer)
+    torch.manual_seed(stage_one.run.seed)
+    assert not torch.equal(tokenizer.quantizer.codebook, MagvitTokenizer(MODEL).quantizer.codebook)
+
+    shape = MaskedTransformerConfig(
+        hidden_size=16, num_layers=1, num_heads=2, mlp_size=32, grid=(2, 8, 8), num_subtokens=1,
+        subtoken_size=16,
+    )  # fmt: skip
+    stage_two = transformer_recipe(
+        tmp_path / "two", result.output, data=CLIPS, model=shape, steps=2,
+        task=TaskConfig(given_frames=1),
+    )  # fmt: skip
+    trained = train_transformer(stage_two, progress=False)
+    # every token sees the whole clip, so that condition tokens are tokens of their own
+    task = dataclasses.replace(get_task("frame_prediction"), first=1)
+    video = open_clips(CLIPS, 0)[Draw(0, 5)]["video"][None]
+    geometry = ClipGeometry(4, 16, 16, (2, 8, 8), causal=False)
+    item = TokenClips(tmp_path / "two" / "tokens")[Draw(0, 5)]
+    assert torch.equal(item["ids"], tokenizer.encode(video)[0])
+    padded = task.condition_video(video, geometry)
+    assert torch.equal(item["condition_ids"], tokenizer.encode(padded)[0])
+
+    transformer = MaskedTransformer.from_pretrained(trained.output)
+    out = mf.generate(tokenizer, transformer, task="frame_prediction", video=video, steps=2)
+    assert out.shape == (1, 3, 4, 16, 16)
+
+
+def test_files_that_hold_no_tokenizer_are_named(tmp_path: Path) -> None:
+    shape = MaskedTransformerConfig(hidden_size=8, num_layers=1, num_heads=1, mlp_size=8)
+    MaskedTransformer(shape).save_pretrained(tmp_path / "model")
+    with pytest.raises(FileFormatError, match="holds a MaskedTransformer, expected a MagvitTok"):
+        load_tokenizer(tmp_path / "model")
+    with pytest.raises(FileFormatError, match="no such directory"):
+        load_tokenizer(tmp_path / "nothing")
