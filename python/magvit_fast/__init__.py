@@ -34,7 +34,6 @@ __all__ = [
     "lfq_codes",
     "lfq_entropy",
     "lfq_quantize",
-    "vq_nearest",
     "models",
     "tasks",
     "vq_nearest",

@@ -72,10 +72,10 @@ def generate(
     Args:
         tokenizer, transformer: a pair that fits, on one device.
         task: a name of tasks.TASKS, or a Task (dataclasses.replace changes, say, the number of
-        given frames). video: [B, C, T, H, W] in [0, 1] of the models' size for tasks with a
-            condition. Frame prediction looks at its first frames alone (5 for a causal tokenizer),
-            interpolation at both ends, the others at all frames of one clip. None for
-            class_generation.
+            given frames).
+        video: [B, C, T, H, W] in [0, 1] of the models' size for tasks with a condition. Frame
+            prediction looks at its first frames alone (5 for a causal tokenizer), interpolation at
+            both ends, the others at all frames of one clip. None for class_generation.
         class_id: for the two class-conditional tasks, one id or B of them.
         steps, schedule, choice_temperature, temperature: see decoding.MaskedDecoding.
         guidance: the scale s in conditional + s * (conditional - unconditional), or a Guidance.

@@ -28,11 +28,14 @@ _NEVER = -1e30  # added to a logit: never the largest, and finite
 class MaskedDecoding:
     """How to decode.
 
+    Published values of (steps, schedule, choice_temperature): (12, cosine, 4.5) by default; BAIR
+    (12, exp, 400); Kinetics-600 (12, uniform, 7.5); MAGVIT-v2 video (12 or 24, cosine, 32).
+
     steps, schedule: see schedules.unknown_counts; a tuple of ints in place of a name gives the
-    number of unknown tokens after each step by hand. temperature: of the sampled values (0 = the
-    most likely one). choice_temperature: T of the Gumbel noise on the log-confidence, annealed as T
-    * (1 - (k + 1) / steps). Published values of (steps, schedule, T): (12, cosine, 4.5) by default;
-    BAIR (12, exp, 400); Kinetics-600 (12, uniform, 7.5); MAGVIT-v2 video (12 or 24, cosine, 32).
+        number of unknown tokens after each step by hand.
+    temperature: of the sampled values (0 = the most likely one).
+    choice_temperature: T of the Gumbel noise on the log-confidence, annealed as
+        T * (1 - (k + 1) / steps).
     seed: keys the counter-based random numbers; the same seed gives the same tokens on one device.
     top_k: values are drawn from the k most likely ones alone (0: from all); top_p: from the
         smallest set of the most likely ones that holds this probability (0: from all); not both.
@@ -197,13 +200,16 @@ def decode_masked(
 
     Args:
         predict: (tokens [B, N], mask [B, N]) -> logits [B, N, G, V]; mask True = MASK, the token is
-        ignored. condition: condition tokens z~, int64 [B, N]; anything outside the region (zeros
-        will do). condition_mask: bool [N] or [B, N], True inside the condition region; all False
-        without condition. settings: steps, schedules, temperatures, seed.
+            ignored.
+        condition: condition tokens z~, int64 [B, N]; anything outside the region (zeros will do).
+        condition_mask: bool [N] or [B, N], True inside the condition region; all False without
+            condition.
+        settings: steps, schedules, temperatures, seed.
         predict_unconditional: the same without condition; needed for guidance. It sees MASK in
-        place of z~. noise: one pair of Gumbel arrays a step, in place of the seeded draws.
+            place of z~.
+        noise: one pair of Gumbel arrays a step, in place of the seeded draws.
         first_step: added to the step number that keys the random numbers, for decoding in several
-        windows.
+            windows.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or settings that do not fit; the message names the

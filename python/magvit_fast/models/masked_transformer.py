@@ -176,9 +176,16 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
     ) -> Tensor:
         """Logits [B, N, G, V] of every visual position.
 
-        tokens: int64 [B, N], packed, in the order t, h, w. mask: bool [B, N], True = MASK (the
-        token there is ignored). class_id: int64 [B], None = unconditional. prompt_id: an int for
-        the whole batch or int64 [B]; required exactly when the model has prompts.
+        Args:
+            tokens: int64 [B, N], packed, in the order t, h, w.
+            mask: bool [B, N], True = MASK (the token there is ignored).
+            class_id: int64 [B], None = unconditional.
+            prompt_id: an int for the whole batch or int64 [B]; required exactly when the model has
+                prompts.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or (on the CPU) class; the message names the
+                argument.
         """
         self._check_inputs(tokens, mask, class_id, prompt_id)
         x = torch.cat(

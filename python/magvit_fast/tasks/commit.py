@@ -71,9 +71,10 @@ def commit_mask(
 ) -> CommitBatch:
     """Corrupt a batch of token grids.
 
-    targets: int64 [B, N], tokens z of the real video. condition: int64 [B, N], tokens z~ of the
-    condition video through the same tokenizer, and condition_mask: bool [N] or [B, N], True inside
-    the condition region; both None for a task without condition.
+    targets: int64 [B, N], tokens z of the real video.
+    condition: int64 [B, N], tokens z~ of the condition video through the same tokenizer; with
+    condition_mask: bool [N] or [B, N], True inside the condition region. Both None for a task
+        without condition.
 
     n = max(1, floor(N * cos(pi u / 2))) positions are selected: those of the n lowest scores (ties
     by position, so always exactly n; the released code selects every position of a tied threshold).
