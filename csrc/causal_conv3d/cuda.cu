@@ -41,25 +41,22 @@ __global__ void sum_parts_kernel(const float* partial, T* dweight, index_t parts
   }
 }
 
-std::size_t packed_bytes(const Conv3dShape& s) {
-  const GroupSizes sizes = group_sizes(s);
-  return static_cast<std::size_t>(s.out_channels * sizes.in * sizes.taps) *
-         static_cast<std::size_t>(dtype_bytes(s.dtype));
+std::size_t packed_bytes(const GemmShape& s) {
+  return static_cast<std::size_t>(s.weights() * dtype_bytes(s.dtype));
 }
 
-void pack_weight(const Conv3dShape& s, const void* weight, void* packed, const DeviceGuard& guard,
+void pack_weight(const GemmShape& s, const void* weight, void* packed, const DeviceGuard& guard,
                  const ExecContext& ctx) {
-  const GroupSizes sizes = group_sizes(s);
-  const index_t total = s.out_channels * sizes.in * sizes.taps;
+  const index_t total = s.weights();
   with_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     launch(guard, ctx, pack_weight_kernel<T>, dim3(blocks_for(total, kThreads)), kThreads, 0,
-           static_cast<const T*>(weight), static_cast<T*>(packed), s.out_channels, sizes.in,
-           sizes.taps);
+           static_cast<const T*>(weight), static_cast<T*>(packed), index_t{s.out_channels},
+           index_t{s.group_in()}, index_t{s.taps()});
   });
 }
 
-WeightSplit split_of(const Conv3dShape& s, bool on_tensor_cores) {
+WeightSplit split_of(const GemmShape& s, bool on_tensor_cores) {
   const WeightTiles tiles = on_tensor_cores ? weight_tiles_mma(s) : weight_tiles_fma(s);
   return weight_split(gemm_rows<true>(s), tiles.count);
 }
@@ -67,31 +64,35 @@ WeightSplit split_of(const Conv3dShape& s, bool on_tensor_cores) {
 }  // namespace
 
 std::size_t causal_conv3d_forward_workspace(const Conv3dShape& shape, const ExecContext&) {
-  return packed_bytes(shape);
+  return packed_bytes(gemm_shape(shape));
 }
 
 std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape, const ExecContext&) {
-  return packed_bytes(shape);
+  return packed_bytes(gemm_shape(shape));
 }
 
 std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext&) {
   // Either kernel may run: an address that is no multiple of 16 keeps a shape from the tensor
   // cores.
-  index_t parts = split_of(shape, false).parts;
-  if (can_run_mma_gradients(shape) && split_of(shape, true).parts > parts)
-    parts = split_of(shape, true).parts;
-  const GroupSizes sizes = group_sizes(shape);
-  return static_cast<std::size_t>(parts * shape.out_channels * sizes.in * sizes.taps) *
-         sizeof(float);
+  const GemmShape s = gemm_shape(shape);
+  index_t parts = split_of(s, false).parts;
+  if (can_run_mma_gradients(s) && split_of(s, true).parts > parts) parts = split_of(s, true).parts;
+  return static_cast<std::size_t>(parts * s.weights()) * sizeof(float);
 }
 
 void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext& ctx) {
-  const Conv3dShape& s = params.shape;
+  const GemmShape s = gemm_shape(params.shape);
   if (gemm_rows<true>(s) == 0) return;
   const DeviceGuard guard(ctx, "causal_conv3d");
   pack_weight(s, params.weight, params.workspace, guard, ctx);
-  const GatherProblem problem{s,           params.x, params.history, params.workspace,
-                              params.bias, params.y, nullptr};
+  const GatherProblem problem{s,
+                              {entry_axis<true>(s.t), entry_axis<true>(s.h), entry_axis<true>(s.w)},
+                              params.x,
+                              params.history,
+                              params.workspace,
+                              params.bias,
+                              params.y,
+                              nullptr};
   const bool aligned = aligned_16(params.x) && aligned_16(params.history) && aligned_16(params.y);
   if (can_run_mma_forward(s) && aligned)
     gather_mma_forward(problem, guard, ctx);
@@ -101,12 +102,19 @@ void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext&
 }
 
 void causal_conv3d_input_grad(const Conv3dInputGradParams& params, const ExecContext& ctx) {
-  const Conv3dShape& s = params.shape;
+  const GemmShape s = gemm_shape(params.shape);
   if (gemm_rows<false>(s) == 0) return;
   const DeviceGuard guard(ctx, "causal_conv3d input gradient");
   pack_weight(s, params.weight, params.workspace, guard, ctx);
-  const GatherProblem problem{s,       params.dy, nullptr,        params.workspace,
-                              nullptr, params.dx, params.dhistory};
+  const GatherProblem problem{
+      s,
+      {entry_axis<false>(s.t), entry_axis<false>(s.h), entry_axis<false>(s.w)},
+      params.dy,
+      nullptr,
+      params.workspace,
+      nullptr,
+      params.dx,
+      params.dhistory};
   const bool aligned =
       aligned_16(params.dy) && aligned_16(params.dx) && aligned_16(params.dhistory);
   if (can_run_mma_gradients(s) && aligned)
@@ -117,9 +125,8 @@ void causal_conv3d_input_grad(const Conv3dInputGradParams& params, const ExecCon
 }
 
 void causal_conv3d_weight_grad(const Conv3dWeightGradParams& params, const ExecContext& ctx) {
-  const Conv3dShape& s = params.shape;
-  const GroupSizes sizes = group_sizes(s);
-  const index_t total = s.out_channels * sizes.in * sizes.taps;
+  const GemmShape s = gemm_shape(params.shape);
+  const index_t total = s.weights();
   if (total == 0) return;
   const DeviceGuard guard(ctx, "causal_conv3d weight gradient");
   const bool aligned = aligned_16(params.x) && aligned_16(params.history) && aligned_16(params.dy);
@@ -135,8 +142,8 @@ void causal_conv3d_weight_grad(const Conv3dWeightGradParams& params, const ExecC
   with_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     launch(guard, ctx, sum_parts_kernel<T>, dim3(blocks_for(total, kThreads)), kThreads, 0,
-           problem.partial, static_cast<T*>(params.dweight), split.parts, s.out_channels, sizes.in,
-           sizes.taps);
+           problem.partial, static_cast<T*>(params.dweight), split.parts, index_t{s.out_channels},
+           index_t{s.group_in()}, index_t{s.taps()});
   });
   guard.finish();
 }

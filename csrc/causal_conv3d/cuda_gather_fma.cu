@@ -42,19 +42,18 @@ __global__ void __launch_bounds__(kThreads) gather_fma_kernel(GatherProblem p, i
   __shared__ float left_tile[2][kDepth][kRows + kPad];
   __shared__ float weight_tile[2][kDepth][kColumns + kPad];
 
-  const Conv3dShape& s = p.shape;
+  const GemmShape& s = p.shape;
   const int thread = static_cast<int>(threadIdx.x);
-  const int in = static_cast<int>(s.in_channels / s.groups);
-  const int out = static_cast<int>(s.out_channels / s.groups);
-  const int taps = static_cast<int>(s.t.kernel * s.h.kernel * s.w.kernel);
+  const int in = s.group_in();
+  const int out = s.group_out();
+  const int taps = s.taps();
   const int depth = kForward ? in : out, columns = kForward ? out : in;
-  const TilePlace place =
-      tile_place(blockIdx.x, static_cast<int>(s.groups), column_tiles, kRows, kColumns);
+  const TilePlace place = tile_place(blockIdx.x, s.groups, column_tiles, kRows, kColumns);
   if (thread < kRows) note_rows<T, kForward>(p, place.first_row, thread, rows, results);
   __syncthreads();
-  EntryWalk walk = vote_walk<kForward>(s, rows[thread % kRows]);
+  EntryWalk<kForward> walk = vote_walk<kForward>(p, rows[thread % kRows]);
   const int chunks = ceil_div(depth, kDepth);
-  const int steps = static_cast<int>(walk.size()) * chunks;
+  const int steps = walk.size(p.axes) * chunks;
 
   // This thread gathers of row thread % 128 the channels (thread / 128 + 2 i) * kVector: one
   // address a tap, and what its neighbors leave of a sector comes from the first-level cache.
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) gather_fma_kernel(GatherProblem p, i
       const int ahead = channel + i * kAhead * kVector;
       left[i].load(source + ahead, source != nullptr && ahead + my_channel < depth);
     }
-    const int tap = tap_of(s, walk);
+    const int tap = tap_of(p, walk);
     for (int i = 0; i < kWeightUnits; ++i) {
       const int unit = thread + i * kThreads;
       const int along = unit % kWeightAlong * kVector, across = unit / kWeightAlong;
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) gather_fma_kernel(GatherProblem p, i
     }
     if (++chunk == chunks) {
       chunk = 0;
-      walk.next();
+      walk.next(p.axes);
     }
   };
   const auto keep_step = [&](int stage) {
@@ -157,25 +156,24 @@ __global__ void __launch_bounds__(kThreads) gather_fma_kernel(GatherProblem p, i
 
 template <class T, bool kForward, int kWide, int kDepth, int kVector>
 void launch_tiles(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx) {
-  const GroupSizes sizes = group_sizes(p.shape);
-  const index_t column_tiles =
-      ceil_div(kForward ? sizes.out : sizes.in, static_cast<index_t>(16 * kWide));
-  const index_t row_tiles = ceil_div(gemm_rows<kForward>(p.shape), static_cast<index_t>(kRows));
+  const int column_tiles =
+      ceil_div(kForward ? p.shape.group_out() : p.shape.group_in(), 16 * kWide);
+  const index_t row_tiles = ceil_div(gemm_rows<kForward>(p.shape), index_t{kRows});
   const unsigned blocks = grid_blocks(row_tiles * p.shape.groups * column_tiles,
                                       "causal_conv3d: more than 2^31 - 1 tiles");
   launch(guard, ctx, gather_fma_kernel<T, kForward, kWide, kDepth, kVector>, dim3(blocks), kThreads,
-         0, p, static_cast<int>(column_tiles));
+         0, p, column_tiles);
 }
 
 template <bool kForward>
 void launch_product(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx) {
-  const GroupSizes sizes = group_sizes(p.shape);
-  const index_t columns = kForward ? sizes.out : sizes.in, depth = kForward ? sizes.in : sizes.out;
+  const int in = p.shape.group_in(), out = p.shape.group_out();
+  const int columns = kForward ? out : in, depth = kForward ? in : out;
   with_type(p.shape.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (std::is_same_v<T, float>) {
-      const bool in_fours = sizes.in % 4 == 0 && (kForward || sizes.out % 4 == 0) &&
-                            aligned_16(p.left) && aligned_16(p.left_history);
+      const bool in_fours = in % 4 == 0 && (kForward || out % 4 == 0) && aligned_16(p.left) &&
+                            aligned_16(p.left_history);
       if (in_fours && columns > 32) return launch_tiles<T, kForward, 8, 16, 4>(p, guard, ctx);
     }
     if (depth <= 4) return launch_tiles<T, kForward, 8, 4, 1>(p, guard, ctx);

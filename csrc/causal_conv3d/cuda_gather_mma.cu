@@ -22,7 +22,7 @@ namespace {
 constexpr int kThreads = 256, kRows = 128, kDepth = 32, kStages = 4;
 constexpr int kDepthChunks = kDepth / 8;
 
-// Eight warps over a tile: 32 columns each, kMma blocks of 16 rows.
+// Eight warps over a tile: 32 columns each, mma_rows blocks of 16 rows.
 template <int kColumns>
 struct WarpGrid {
   static constexpr int across = kColumns / 32, down = 8 / across;
@@ -39,9 +39,9 @@ struct Stage {
 template <class T, bool kForward, int kColumns>
 __device__ __forceinline__ void load_weights(const GatherProblem& p, T* tile, int group, int tap,
                                              int first_column, int first_channel) {
-  const int in = static_cast<int>(p.shape.in_channels / p.shape.groups);
-  const int out = static_cast<int>(p.shape.out_channels / p.shape.groups);
-  const int taps = static_cast<int>(p.shape.t.kernel * p.shape.h.kernel * p.shape.w.kernel);
+  const int in = p.shape.group_in();
+  const int out = p.shape.group_out();
+  const int taps = p.shape.taps();
   constexpr int kChunks = kForward ? kDepthChunks : kColumns / 8;  // of one row of the tile
   constexpr int kTileRows = kForward ? kColumns : kDepth;
   const T* weight = static_cast<const T*>(p.weight);
@@ -64,12 +64,7 @@ __device__ __forceinline__ void multiply_stage(const T* left, const T* weights, 
   const LaneAddress by_rows = rows_first(lane), by_chunks = chunks_first(lane);
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
-    std::uint32_t a[kMmaRows][4], b[2][4];
-#pragma unroll
-    for (int i = 0; i < kMmaRows; ++i)
-      load_matrix(a[i], left + chunk_at<kDepthChunks>(warp_row + i * 16 + by_rows.row,
-                                                      k / 8 + by_rows.chunk) *
-                                   8);
+    std::uint32_t b[2][4];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int column = warp_column + j * 16;
@@ -84,10 +79,14 @@ __device__ __forceinline__ void multiply_stage(const T* left, const T* weights, 
       }
     }
 #pragma unroll
-    for (int i = 0; i < kMmaRows; ++i)
+    for (int i = 0; i < kMmaRows; ++i) {  // one block of rows at a time: four registers, not sixteen
+      std::uint32_t a[4];
+      load_matrix(
+          a, left + chunk_at<kDepthChunks>(warp_row + i * 16 + by_rows.row, k / 8 + by_rows.chunk) * 8);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        multiply_accumulate<T>(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        multiply_accumulate<T>(sum[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
   }
 }
 
@@ -97,19 +96,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Warps = WarpGrid<kColumns>;
   __shared__ GemmRow rows[kRows];
   __shared__ T* results[kRows];
-  const Conv3dShape& s = p.shape;
+  const GemmShape& s = p.shape;
   const int thread = static_cast<int>(threadIdx.x);
-  const int in = static_cast<int>(s.in_channels / s.groups);
-  const int out = static_cast<int>(s.out_channels / s.groups);
+  const int in = s.group_in();
+  const int out = s.group_out();
   const int depth = kForward ? in : out, columns = kForward ? out : in;
-  const TilePlace place =
-      tile_place(blockIdx.x, static_cast<int>(s.groups), column_tiles, kRows, kColumns);
+  const TilePlace place = tile_place(blockIdx.x, s.groups, column_tiles, kRows, kColumns);
   if (thread < kRows) note_rows<T, kForward>(p, place.first_row, thread, rows, results);
   __syncthreads();
 
-  EntryWalk walk = vote_walk<kForward>(s, rows[thread % kRows]);
+  EntryWalk<kForward> walk = vote_walk<kForward>(p, rows[thread % kRows]);
   const int chunks = ceil_div(depth, kDepth);
-  const int steps = static_cast<int>(walk.size()) * chunks;
+  const int steps = walk.size(p.axes) * chunks;
 
   // This thread gathers chunk `thread % 4` of rows thread / 4 and thread / 4 + 64.
   const int my_chunk = thread % kDepthChunks, my_row = thread / kDepthChunks;
@@ -129,11 +127,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       copy_async_16(left + chunk_at<kDepthChunks>(my_row + i * 64, my_chunk) * 8,
                     valid ? source[i] + channel : p.weight, valid);
     }
-    load_weights<T, kForward, kColumns>(p, weights, place.group, tap_of(s, walk),
+    load_weights<T, kForward, kColumns>(p, weights, place.group, tap_of(p, walk),
                                         place.first_column, channel);
     if (++chunk == chunks) {
       chunk = 0;
-      walk.next();
+      walk.next(p.axes);
     }
   };
 
@@ -183,20 +181,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, bool kForward, int kColumns>
 void launch_tiles(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx) {
-  const GroupSizes sizes = group_sizes(p.shape);
-  const index_t column_tiles =
-      ceil_div(kForward ? sizes.out : sizes.in, static_cast<index_t>(kColumns));
-  const index_t row_tiles = ceil_div(gemm_rows<kForward>(p.shape), static_cast<index_t>(kRows));
+  const int column_tiles = ceil_div(kForward ? p.shape.group_out() : p.shape.group_in(), kColumns);
+  const index_t row_tiles = ceil_div(gemm_rows<kForward>(p.shape), index_t{kRows});
   const unsigned blocks = grid_blocks(row_tiles * p.shape.groups * column_tiles,
                                       "causal_conv3d: more than 2^31 - 1 tiles");
   launch(guard, ctx, gather_mma_kernel<T, kForward, kColumns>, dim3(blocks), kThreads,
-         kStages * Stage<kColumns>::bytes, p, static_cast<int>(column_tiles));
+         kStages * Stage<kColumns>::bytes, p, column_tiles);
 }
 
 template <bool kForward>
 void launch_product(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx) {
-  const GroupSizes sizes = group_sizes(p.shape);
-  const index_t columns = kForward ? sizes.out : sizes.in;
+  const int columns = kForward ? p.shape.group_out() : p.shape.group_in();
   with_half_type(p.shape.dtype, [&](auto type) {
     using T = decltype(type);
     if (columns <= 32) return launch_tiles<T, kForward, 32>(p, guard, ctx);

@@ -11,7 +11,8 @@ namespace magvit_fast::cuda {
 
 // Forward (left = x and history, out = y) and input gradient (left = dy, out = dx and dhistory).
 struct GatherProblem {
-  Conv3dShape shape;
+  GemmShape shape;
+  EntryAxis axes[3];
   const void* left;
   const void* left_history;
   const void* weight;  // packed: [Cout, KT, KH, KW, Cin / groups]
@@ -21,7 +22,7 @@ struct GatherProblem {
 };
 
 struct WeightProblem {
-  Conv3dShape shape;
+  GemmShape shape;
   const void* x;
   const void* history;
   const void* dy;
@@ -29,25 +30,16 @@ struct WeightProblem {
   WeightSplit split;
 };
 
-// The sizes of one group's matrix product.
-struct GroupSizes {
-  index_t in, out, taps;  // channels of a group, taps
-};
-inline GroupSizes group_sizes(const Conv3dShape& s) {
-  return {s.in_channels / s.groups, s.out_channels / s.groups,
-          s.t.kernel * s.h.kernel * s.w.kernel};
-}
-
 // Tensor cores take 16-bit types and move 16 bytes at a time: the channels that run innermost in
 // the gathered operand and in the weights must come in eights, and the addresses be multiples
 // of 16.
 inline bool aligned_16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
-inline bool can_run_mma_forward(const Conv3dShape& s) {
-  return s.dtype != DType::f32 && group_sizes(s).in % 8 == 0;
+inline bool can_run_mma_forward(const GemmShape& s) {
+  return s.dtype != DType::f32 && s.group_in() % 8 == 0;
 }
-inline bool can_run_mma_gradients(const Conv3dShape& s) {
-  return can_run_mma_forward(s) && group_sizes(s).out % 8 == 0;
+inline bool can_run_mma_gradients(const GemmShape& s) {
+  return can_run_mma_forward(s) && s.group_out() % 8 == 0;
 }
 
 // Tiles of the weight gradient: (Cout x columns of taps and channels) of one group, and all groups.
@@ -55,8 +47,8 @@ struct WeightTiles {
   int rows, columns;  // of one tile
   index_t count;
 };
-WeightTiles weight_tiles_mma(const Conv3dShape& s);
-WeightTiles weight_tiles_fma(const Conv3dShape& s);
+WeightTiles weight_tiles_mma(const GemmShape& s);
+WeightTiles weight_tiles_fma(const GemmShape& s);
 
 void gather_mma_forward(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 void gather_mma_input_grad(const GatherProblem& p, const DeviceGuard& guard,

@@ -25,11 +25,11 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kColumnUnits = kDepth * kColumns / kThreads;
   __shared__ float dy_tile[2][kDepth][kRows];
   __shared__ float x_tile[2][kDepth][kColumns];
-  const Conv3dShape& s = p.shape;
+  const GemmShape& s = p.shape;
   const int thread = static_cast<int>(threadIdx.x);
-  const int in = static_cast<int>(s.in_channels / s.groups);
-  const int out = static_cast<int>(s.out_channels / s.groups);
-  const int taps = static_cast<int>(s.t.kernel * s.h.kernel * s.w.kernel);
+  const int in = s.group_in();
+  const int out = s.group_out();
+  const int taps = s.taps();
   index_t block = blockIdx.x;
   const int first_column = static_cast<int>(block % column_tiles) * kColumns;
   block /= column_tiles;
@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kThreads)
   const bool has_row = first_row + my_row < out && row_pixel < kDepth;
   const bool has_column = column < taps * in;
   const int tap = column / in, channel = column % in;
-  const int kw = static_cast<int>(tap % s.w.kernel);
-  const int kh = static_cast<int>(tap / s.w.kernel % s.h.kernel);
-  const int kt = static_cast<int>(tap / s.w.kernel / s.h.kernel);
+  const int kw = tap % s.w.kernel;
+  const int kh = tap / s.w.kernel % s.h.kernel;
+  const int kt = tap / s.w.kernel / s.h.kernel;
   PixelWalk at[kColumnUnits];
   for (int i = 0; i < kColumnUnits; ++i)
     at[i].set(s, begin + column_pixel + i * (kThreads / kColumns));
@@ -68,9 +68,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kColumnUnits; ++i) {
       Gathered from{-1, false};
       if (has_column && first + column_pixel + i * (kThreads / kColumns) < end)
-        from = source_pixel(s, at[i].n, static_cast<int>(source_index(s.t, at[i].t, kt)),
-                            static_cast<int>(source_index(s.h, at[i].h, kh)),
-                            static_cast<int>(source_index(s.w, at[i].w, kw)));
+        from = source_pixel(s, at[i].n, source_index(s.t, at[i].t, kt),
+                            source_index(s.h, at[i].h, kh), source_index(s.w, at[i].w, kw));
       const T* base = static_cast<const T*>(from.in_history ? p.history : p.x);
       const index_t offset =
           from.pixel * s.in_channels + static_cast<index_t>(group) * in + channel;
@@ -134,16 +133,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int rows_for(const Conv3dShape& s) {
-  return group_sizes(s).out <= kThinRows ? kThinRows : kTallRows;
-}
+int rows_for(const GemmShape& s) { return s.group_out() <= kThinRows ? kThinRows : kTallRows; }
 
 template <class T, int kRows>
 void launch_tiles(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx) {
-  const GroupSizes sizes = group_sizes(p.shape);
-  const int out_tiles = static_cast<int>(ceil_div(sizes.out, static_cast<index_t>(kRows)));
-  const int column_tiles =
-      static_cast<int>(ceil_div(sizes.in * sizes.taps, static_cast<index_t>(kColumns)));
+  const int out_tiles = ceil_div(p.shape.group_out(), kRows);
+  const int column_tiles = ceil_div(p.shape.group_in() * p.shape.taps(), kColumns);
   const unsigned tiles =
       grid_blocks(weight_tiles_fma(p.shape).count, "causal_conv3d: more than 2^31 - 1 tiles");
   launch(guard, ctx, weight_fma_kernel<T, kRows>, dim3(tiles, static_cast<unsigned>(p.split.parts)),
@@ -152,12 +147,11 @@ void launch_tiles(const WeightProblem& p, const DeviceGuard& guard, const ExecCo
 
 }  // namespace
 
-WeightTiles weight_tiles_fma(const Conv3dShape& s) {
-  const GroupSizes sizes = group_sizes(s);
+WeightTiles weight_tiles_fma(const GemmShape& s) {
   const int rows = rows_for(s);
   return {rows, kColumns,
-          s.groups * ceil_div(sizes.out, static_cast<index_t>(rows)) *
-              ceil_div(sizes.in * sizes.taps, static_cast<index_t>(kColumns))};
+          index_t{s.groups} * ceil_div(s.group_out(), rows) *
+              ceil_div(s.group_in() * s.taps(), kColumns)};
 }
 
 void weight_fma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx) {

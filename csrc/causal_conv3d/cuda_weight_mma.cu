@@ -48,15 +48,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kOutChunks = kRows / 8, kInChunks = kColumns / 8;
   constexpr int kInUnits = kDepth * kInChunks;  // 16-byte pieces of a step's x tile
   constexpr int kInRows = (kInUnits + kThreads - 1) / kThreads;
-  const Conv3dShape& s = p.shape;
+  const GemmShape& s = p.shape;
   const int thread = static_cast<int>(threadIdx.x);
-  const int in = static_cast<int>(s.in_channels / s.groups);
-  const int out = static_cast<int>(s.out_channels / s.groups);
-  const int taps = static_cast<int>(s.t.kernel * s.h.kernel * s.w.kernel);
+  const int in = s.group_in();
+  const int out = s.group_out();
+  const int taps = s.taps();
   const WeightPlace place = weight_place(blockIdx.x, taps, out_tiles, in_tiles, kColumns);
-  const int kw = static_cast<int>(place.tap % s.w.kernel);
-  const int kh = static_cast<int>(place.tap / s.w.kernel % s.h.kernel);
-  const int kt = static_cast<int>(place.tap / s.w.kernel / s.h.kernel);
+  const int kw = place.tap % s.w.kernel;
+  const int kh = place.tap / s.w.kernel % s.h.kernel;
+  const int kt = place.tap / s.w.kernel / s.h.kernel;
 
   const index_t pixels = gemm_rows<true>(s);
   const index_t begin = blockIdx.y * p.split.pixels_per_part;
@@ -92,9 +92,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (thread < kInUnits) {
         Gathered from{-1, false};
         if (loads_x && first + row < end)
-          from = source_pixel(s, at[i].n, static_cast<int>(source_index(s.t, at[i].t, kt)),
-                              static_cast<int>(source_index(s.h, at[i].h, kh)),
-                              static_cast<int>(source_index(s.w, at[i].w, kw)));
+          from = source_pixel(s, at[i].n, source_index(s.t, at[i].t, kt),
+                              source_index(s.h, at[i].h, kh), source_index(s.w, at[i].w, kw));
         const bool valid = from.pixel >= 0;
         const void* base = from.in_history ? p.history : p.x;
         const index_t offset =
@@ -161,16 +160,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-int columns_for(const Conv3dShape& s) {
-  const index_t in = group_sizes(s).in;
+int columns_for(const GemmShape& s) {
+  const int in = s.group_in();
   return in <= 32 ? 32 : in <= 64 ? 64 : 128;
 }
 
 template <class T, int kColumns>
 void launch_tiles(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx) {
-  const GroupSizes sizes = group_sizes(p.shape);
-  const int out_tiles = static_cast<int>(ceil_div(sizes.out, static_cast<index_t>(kRows)));
-  const int in_tiles = static_cast<int>(ceil_div(sizes.in, static_cast<index_t>(kColumns)));
+  const int out_tiles = ceil_div(p.shape.group_out(), kRows);
+  const int in_tiles = ceil_div(p.shape.group_in(), kColumns);
   const unsigned tiles =
       grid_blocks(weight_tiles_mma(p.shape).count, "causal_conv3d: more than 2^31 - 1 tiles");
   launch(guard, ctx, weight_mma_kernel<T, kColumns>,
@@ -180,12 +178,11 @@ void launch_tiles(const WeightProblem& p, const DeviceGuard& guard, const ExecCo
 
 }  // namespace
 
-WeightTiles weight_tiles_mma(const Conv3dShape& s) {
-  const GroupSizes sizes = group_sizes(s);
+WeightTiles weight_tiles_mma(const GemmShape& s) {
   const int columns = columns_for(s);
   return {kRows, columns,
-          s.groups * sizes.taps * ceil_div(sizes.out, static_cast<index_t>(kRows)) *
-              ceil_div(sizes.in, static_cast<index_t>(columns))};
+          index_t{s.groups} * s.taps() * ceil_div(s.group_out(), kRows) *
+              ceil_div(s.group_in(), columns)};
 }
 
 void weight_mma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx) {

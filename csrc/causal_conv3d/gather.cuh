@@ -30,38 +30,41 @@ __device__ __forceinline__ void note_rows(const GatherProblem& p, index_t first_
 
 // All threads of the block: which entries of each axis any row reaches.
 template <bool kForward>
-__device__ __forceinline__ EntryWalk vote_walk(const Conv3dShape& s, const GemmRow& row) {
-  EntryWalk walk;
+__device__ __forceinline__ EntryWalk<kForward> vote_walk(const GatherProblem& p,
+                                                         const GemmRow& row) {
+  EntryWalk<kForward> walk;
   for (int i = 0; i < 3; ++i) {
-    const AxisMap& map = i == 0 ? s.t : i == 1 ? s.h : s.w;
+    const AxisMap32& map = i == 0 ? p.shape.t : i == 1 ? p.shape.h : p.shape.w;
     const int at = i == 0 ? row.t : i == 1 ? row.h : row.w;
-    walk.axis[i] = entry_axis<kForward>(map);
+    const EntryAxis axis = p.axes[i];
     walk.active[i] = 0;
-    const int voted =
-        walk.axis[i].entries < EntryWalk::kMaskBits ? walk.axis[i].entries : EntryWalk::kMaskBits;
+    const int voted = axis.entries < walk.kMaskBits ? axis.entries : walk.kMaskBits;
     for (int entry = 0; entry < voted; ++entry) {
-      const int tap = entry / walk.axis[i].copies, copy = entry % walk.axis[i].copies;
-      const bool reached = row.n >= 0 && reach<kForward>(map, at, tap, copy) >= 0;
+      const bool reached =
+          row.n >= 0 && reach<kForward>(map, at, entry / axis.copies, entry % axis.copies) >= 0;
       if (__syncthreads_or(reached)) walk.active[i] |= std::uint64_t{1} << entry;
     }
   }
-  walk.begin();
+  walk.begin(p.axes);
   return walk;
 }
 
 // The left operand's channels of a row under the walk's present entry, or null for zeros.
 template <class T, bool kForward>
-__device__ __forceinline__ const T* left_pixel(const GatherProblem& p, const EntryWalk& walk,
-                                               const GemmRow& row, index_t channel) {
-  const Gathered from = gather<kForward>(p.shape, walk, row);
+__device__ __forceinline__ const T* left_pixel(const GatherProblem& p,
+                                               const EntryWalk<kForward>& walk, const GemmRow& row,
+                                               int channel) {
+  const Gathered from = gather<kForward>(p.shape, p.axes, walk, row);
   if (from.pixel < 0) return nullptr;
-  const index_t channels = kForward ? p.shape.in_channels : p.shape.out_channels;
+  const int channels = kForward ? p.shape.in_channels : p.shape.out_channels;
   const void* base = from.in_history ? p.left_history : p.left;
   return static_cast<const T*>(base) + from.pixel * channels + channel;
 }
 
-__device__ __forceinline__ int tap_of(const Conv3dShape& s, const EntryWalk& walk) {
-  return static_cast<int>((walk.tap(0) * s.h.kernel + walk.tap(1)) * s.w.kernel + walk.tap(2));
+template <bool kForward>
+__device__ __forceinline__ int tap_of(const GatherProblem& p, const EntryWalk<kForward>& walk) {
+  return (walk.tap(p.axes, 0) * p.shape.h.kernel + walk.tap(p.axes, 1)) * p.shape.w.kernel +
+         walk.tap(p.axes, 2);
 }
 
 // Which part of the product a block makes: neighbors in the grid share the gathered rows.

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "causal_conv3d/causal_conv3d.h"
+#include "common/check.h"
 
 namespace magvit_fast {
 
@@ -20,39 +21,81 @@ struct alignas(16) GemmRow {
   int n, t, h, w;
 };
 
-// An axis as the walk over its entries sees it.
+using AxisMap32 = AxisMapOf<int>;
+
+// Conv3dShape with the coordinates in 32 bits, half the registers; offsets are made in 64 bits.
+struct GemmShape {
+  int batch, in_channels, out_channels, groups;
+  int history_frames, frames;
+  AxisMap32 t, h, w;
+  DType dtype;
+
+  MF_HOST_DEVICE int group_in() const { return in_channels / groups; }
+  MF_HOST_DEVICE int group_out() const { return out_channels / groups; }
+  MF_HOST_DEVICE int taps() const { return t.kernel * h.kernel * w.kernel; }
+  MF_HOST_DEVICE index_t weights() const {
+    return static_cast<index_t>(out_channels) * group_in() * taps();
+  }
+};
+
+inline GemmShape gemm_shape(const Conv3dShape& s) {
+  const auto narrow = [](index_t n) {
+    check(n > -(index_t{1} << 30) && n < (index_t{1} << 30),
+          "causal_conv3d: sizes, strides and pads must be below 2**30");
+    return static_cast<int>(n);
+  };
+  const auto axis = [&](const AxisMap& a) {
+    return AxisMap32{
+        narrow(a.source), narrow(a.out), narrow(a.kernel), narrow(a.stride), narrow(a.dilation),
+        narrow(a.front),  a.mode};
+  };
+  narrow(s.t.kernel * s.h.kernel * s.w.kernel * (s.in_channels / s.groups));  // columns of a tile
+  return {narrow(s.batch),
+          narrow(s.in_channels),
+          narrow(s.out_channels),
+          narrow(s.groups),
+          narrow(s.history_frames),
+          narrow(s.frames),
+          axis(s.t),
+          axis(s.h),
+          axis(s.w),
+          s.dtype};
+}
+
+// How the walk numbers an axis: e = tap * copies + copy.
 struct EntryAxis {
   int entries, copies;
 };
 
 template <bool kForward>
-MF_HOST_DEVICE inline EntryAxis entry_axis(const AxisMap& a) {
-  index_t copies = 1;
+MF_HOST_DEVICE inline EntryAxis entry_axis(const AxisMap32& a) {
+  int copies = 1;
   if (!kForward && a.mode == PadMode::reflect) copies = 3;
   if (!kForward && a.mode == PadMode::replicate) {
-    const index_t back = last_position(a) - (a.source - 1);
+    const int back = last_position(a) - (a.source - 1);
     copies = 1 + a.front + (back > 0 ? back : 0);
   }
-  return {static_cast<int>(a.kernel * copies), static_cast<int>(copies)};
+  return {a.kernel * copies, copies};
 }
 
 // The coordinate of the left operand of a row at coordinate `at`, or -1 for none.
 template <bool kForward>
-MF_HOST_DEVICE inline int reach(const AxisMap& a, int at, int tap, int copy) {
-  if (kForward) return static_cast<int>(source_index(a, at, tap));
+MF_HOST_DEVICE inline int reach(const AxisMap32& a, int at, int tap, int copy) {
+  if (kForward) return source_index(a, at, tap);
   if (copy >= copies(a, at)) return -1;
-  return static_cast<int>(output_at(a, copy_position(a, at, copy), tap));
+  return output_at(a, copy_position(a, at, copy), tap);
 }
 
 template <bool kForward>
-MF_HOST_DEVICE inline index_t gemm_rows(const Conv3dShape& s) {
-  if (kForward) return s.batch * s.t.out * s.h.out * s.w.out;
-  return s.batch * round_up(s.t.source, s.t.stride) * round_up(s.h.source, s.h.stride) *
+MF_HOST_DEVICE inline index_t gemm_rows(const GemmShape& s) {
+  const index_t batch = s.batch;
+  if (kForward) return batch * s.t.out * s.h.out * s.w.out;
+  return batch * round_up(s.t.source, s.t.stride) * round_up(s.h.source, s.h.stride) *
          round_up(s.w.source, s.w.stride);
 }
 
 template <bool kForward>
-MF_HOST_DEVICE inline GemmRow gemm_row(const Conv3dShape& s, index_t m) {
+MF_HOST_DEVICE inline GemmRow gemm_row(const GemmShape& s, index_t m) {
   if (m >= gemm_rows<kForward>(s)) return {-1, 0, 0, 0};
   if (kForward) {
     const index_t w = m % s.w.out, mh = m / s.w.out;
@@ -60,8 +103,8 @@ MF_HOST_DEVICE inline GemmRow gemm_row(const Conv3dShape& s, index_t m) {
     return {static_cast<int>(mt / s.t.out), static_cast<int>(mt % s.t.out), static_cast<int>(h),
             static_cast<int>(w)};
   }
-  const index_t per_t = ceil_div(s.t.source, s.t.stride), per_h = ceil_div(s.h.source, s.h.stride),
-                per_w = ceil_div(s.w.source, s.w.stride);
+  const int per_t = ceil_div(s.t.source, s.t.stride), per_h = ceil_div(s.h.source, s.h.stride),
+            per_w = ceil_div(s.w.source, s.w.stride);
   const index_t w = m % per_w, mh = m / per_w;
   const index_t h = mh % per_h, mt = mh / per_h;
   const index_t t = mt % per_t, mn = mt / per_t;
@@ -77,41 +120,43 @@ MF_HOST_DEVICE inline GemmRow gemm_row(const Conv3dShape& s, index_t m) {
 // The walk of one tile over (entry of t, entry of h, entry of w), skipping the entries of an axis
 // that none of the tile's rows reaches: taps that read only zero padding, foreign stride classes,
 // copies.
+template <bool kForward>
 struct EntryWalk {
   static constexpr int kMaskBits = 64;  // entries beyond are always visited
   std::uint64_t active[3];
-  EntryAxis axis[3];
   int e[3];
 
-  MF_HOST_DEVICE bool visits(int i, int entry) const {
-    return entry >= kMaskBits || ((active[i] >> entry) & 1u) != 0;
-  }
-  MF_HOST_DEVICE int following(int i, int entry) const {  // the next visited one, or axis.entries
-    do ++entry;
-    while (entry < axis[i].entries && !visits(i, entry));
+  MF_HOST_DEVICE int following(const EntryAxis* axes, int i, int entry) const {
+    do ++entry;  // the next visited one, or the number of entries
+    while (entry < axes[i].entries && entry < kMaskBits && ((active[i] >> entry) & 1u) == 0);
     return entry;
   }
-  MF_HOST_DEVICE int count(int i) const {
+  MF_HOST_DEVICE int count(const EntryAxis* axes, int i) const {
     int total = 0;
-    for (int entry = following(i, -1); entry < axis[i].entries; entry = following(i, entry))
+    for (int entry = following(axes, i, -1); entry < axes[i].entries;
+         entry = following(axes, i, entry))
       ++total;
     return total;
   }
-  MF_HOST_DEVICE index_t size() const {
-    return static_cast<index_t>(count(0)) * count(1) * count(2);
+  MF_HOST_DEVICE int size(const EntryAxis* axes) const {
+    return count(axes, 0) * count(axes, 1) * count(axes, 2);
   }
-  MF_HOST_DEVICE void begin() {
-    for (int i = 0; i < 3; ++i) e[i] = following(i, -1);
+  MF_HOST_DEVICE void begin(const EntryAxis* axes) {
+    for (int i = 0; i < 3; ++i) e[i] = following(axes, i, -1);
   }
-  MF_HOST_DEVICE void next() {  // after the last one it starts again
+  MF_HOST_DEVICE void next(const EntryAxis* axes) {  // after the last one it starts again
     for (int i = 2; i >= 0; --i) {
-      e[i] = following(i, e[i]);
-      if (e[i] < axis[i].entries) return;
-      e[i] = following(i, -1);
+      e[i] = following(axes, i, e[i]);
+      if (e[i] < axes[i].entries) return;
+      e[i] = following(axes, i, -1);
     }
   }
-  MF_HOST_DEVICE int tap(int i) const { return e[i] / axis[i].copies; }
-  MF_HOST_DEVICE int copy(int i) const { return e[i] % axis[i].copies; }
+  MF_HOST_DEVICE int tap(const EntryAxis* axes, int i) const {
+    return kForward ? e[i] : e[i] / axes[i].copies;
+  }
+  MF_HOST_DEVICE int copy(const EntryAxis* axes, int i) const {
+    return kForward ? 0 : e[i] % axes[i].copies;
+  }
 };
 
 // Where the walk's present entry lets a row read: its offset in pixels and in which tensor.
@@ -120,26 +165,27 @@ struct Gathered {
   bool in_history;
 };
 
-MF_HOST_DEVICE inline Gathered source_pixel(const Conv3dShape& s, int n, int t, int h, int w) {
+MF_HOST_DEVICE inline Gathered source_pixel(const GemmShape& s, int n, int t, int h, int w) {
   if (t < 0 || h < 0 || w < 0) return {-1, false};
   const bool in_history = t < s.history_frames;
-  const index_t frames = in_history ? s.history_frames : s.frames;
-  const index_t frame = in_history ? t : t - s.history_frames;
-  return {((n * frames + frame) * s.h.source + h) * s.w.source + w, in_history};
+  const int frames = in_history ? s.history_frames : s.frames;
+  const int frame = in_history ? t : t - s.history_frames;
+  return {((static_cast<index_t>(n) * frames + frame) * s.h.source + h) * s.w.source + w,
+          in_history};
 }
 
-MF_HOST_DEVICE inline index_t output_pixel(const Conv3dShape& s, int n, int t, int h, int w) {
+MF_HOST_DEVICE inline index_t output_pixel(const GemmShape& s, int n, int t, int h, int w) {
   if (t < 0 || h < 0 || w < 0) return -1;
-  return ((n * s.t.out + t) * s.h.out + h) * s.w.out + w;
+  return ((static_cast<index_t>(n) * s.t.out + t) * s.h.out + h) * s.w.out + w;
 }
 
 template <bool kForward>
-MF_HOST_DEVICE inline Gathered gather(const Conv3dShape& s, const EntryWalk& walk,
-                                      const GemmRow& row) {
+MF_HOST_DEVICE inline Gathered gather(const GemmShape& s, const EntryAxis* axes,
+                                      const EntryWalk<kForward>& walk, const GemmRow& row) {
   if (row.n < 0) return {-1, false};
-  const int t = reach<kForward>(s.t, row.t, walk.tap(0), walk.copy(0));
-  const int h = reach<kForward>(s.h, row.h, walk.tap(1), walk.copy(1));
-  const int w = reach<kForward>(s.w, row.w, walk.tap(2), walk.copy(2));
+  const int t = reach<kForward>(s.t, row.t, walk.tap(axes, 0), walk.copy(axes, 0));
+  const int h = reach<kForward>(s.h, row.h, walk.tap(axes, 1), walk.copy(axes, 1));
+  const int w = reach<kForward>(s.w, row.w, walk.tap(axes, 2), walk.copy(axes, 2));
   if (kForward) return source_pixel(s, row.n, t, h, w);
   return {output_pixel(s, row.n, t, h, w), false};
 }
@@ -147,14 +193,14 @@ MF_HOST_DEVICE inline Gathered gather(const Conv3dShape& s, const EntryWalk& wal
 // A pixel of the output that steps through memory order without division.
 struct PixelWalk {
   int n, t, h, w;
-  MF_HOST_DEVICE void set(const Conv3dShape& s, index_t pixel) {
+  MF_HOST_DEVICE void set(const GemmShape& s, index_t pixel) {
     const GemmRow row = gemm_row<true>(s, pixel);
     n = row.n, t = row.t, h = row.h, w = row.w;
   }
-  MF_HOST_DEVICE void advance(const Conv3dShape& s, int pixels) {
+  MF_HOST_DEVICE void advance(const GemmShape& s, int pixels) {
     w += pixels;
     while (w >= s.w.out) {
-      w -= static_cast<int>(s.w.out);
+      w -= s.w.out;
       if (++h < s.h.out) continue;
       h = 0;
       if (++t < s.t.out) continue;

@@ -14,29 +14,43 @@ namespace magvit_fast {
 
 enum class PadMode : int { zeros = 0, replicate = 1, reflect = 2 };
 
-struct AxisMap {
-  index_t source;  // elements along the axis (time: history_frames + frames)
-  index_t out;     // outputs along the axis
-  index_t kernel, stride, dilation;
-  index_t front;  // padding before the first source element
+// Int is the integer of coordinates: index_t on the host, int where registers are dear (CUDA).
+template <class Int>
+struct AxisMapOf {
+  Int source;  // elements along the axis (time: history_frames + frames)
+  Int out;     // outputs along the axis
+  Int kernel, stride, dilation;
+  Int front;  // padding before the first source element
   PadMode mode;
 };
+using AxisMap = AxisMapOf<index_t>;
 
-MF_HOST_DEVICE inline index_t padded_position(const AxisMap& a, index_t o, index_t k) {
+// An argument that takes its integer from the map, so that a literal may stand for it.
+template <class Int>
+struct GivenInt {
+  using type = Int;
+};
+template <class Int>
+using Given = typename GivenInt<Int>::type;
+
+template <class Int>
+MF_HOST_DEVICE inline Int padded_position(const AxisMapOf<Int>& a, Given<Int> o, Given<Int> k) {
   return o * a.stride + k * a.dilation - a.front;
 }
 
 // The source element at a padded position, or -1 for a zero. Reflection needs pads smaller than the
 // source (checked by the caller), so that one mirror is enough.
-MF_HOST_DEVICE inline index_t source_at(const AxisMap& a, index_t position) {
-  const index_t last = a.source - 1;
+template <class Int>
+MF_HOST_DEVICE inline Int source_at(const AxisMapOf<Int>& a, Given<Int> position) {
+  const auto last = a.source - 1;
   if (position >= 0 && position <= last) return position;
   if (a.mode == PadMode::zeros) return -1;
   if (a.mode == PadMode::replicate) return position < 0 ? 0 : last;
   return position < 0 ? -position : 2 * last - position;
 }
 
-MF_HOST_DEVICE inline index_t source_index(const AxisMap& a, index_t o, index_t k) {
+template <class Int>
+MF_HOST_DEVICE inline Int source_index(const AxisMapOf<Int>& a, Given<Int> o, Given<Int> k) {
   return source_at(a, padded_position(a, o, k));
 }
 
@@ -45,42 +59,49 @@ MF_HOST_DEVICE inline index_t source_index(const AxisMap& a, index_t o, index_t 
 // itself first (j = 0), then its copies in the padding. copies(a, s) counts them, copy_position(a,
 // s, j) lists them.
 
-MF_HOST_DEVICE inline index_t last_position(const AxisMap& a) {  // the last one that a tap touches
+template <class Int>
+MF_HOST_DEVICE inline Int last_position(
+    const AxisMapOf<Int>& a) {  // the last one that a tap touches
   return padded_position(a, a.out - 1, a.kernel - 1);
 }
 
-MF_HOST_DEVICE inline index_t copies_before(const AxisMap& a, index_t s) {
+template <class Int>
+MF_HOST_DEVICE inline Int copies_before(const AxisMapOf<Int>& a, Given<Int> s) {
   if (a.mode == PadMode::replicate) return s == 0 ? a.front : 0;
   if (a.mode == PadMode::reflect) return s >= 1 && s <= a.front ? 1 : 0;
   return 0;
 }
 
-MF_HOST_DEVICE inline index_t copies_after(const AxisMap& a, index_t s) {
-  const index_t last = a.source - 1;
-  const index_t back = last_position(a) - last;  // may be negative: the tail is never read
+template <class Int>
+MF_HOST_DEVICE inline Int copies_after(const AxisMapOf<Int>& a, Given<Int> s) {
+  const auto last = a.source - 1;
+  const auto back = last_position(a) - last;  // may be negative: the tail is never read
   if (back <= 0) return 0;
   if (a.mode == PadMode::replicate) return s == last ? back : 0;
   if (a.mode == PadMode::reflect) return s < last && last - s <= back ? 1 : 0;
   return 0;
 }
 
-MF_HOST_DEVICE inline index_t copies(const AxisMap& a, index_t s) {
+template <class Int>
+MF_HOST_DEVICE inline Int copies(const AxisMapOf<Int>& a, Given<Int> s) {
   return 1 + copies_before(a, s) + copies_after(a, s);
 }
 
-MF_HOST_DEVICE inline index_t copy_position(const AxisMap& a, index_t s, index_t j) {
+template <class Int>
+MF_HOST_DEVICE inline Int copy_position(const AxisMapOf<Int>& a, Given<Int> s, Given<Int> j) {
   if (j == 0) return s;
-  const index_t before = copies_before(a, s);
+  const auto before = copies_before(a, s);
   if (j <= before) return a.mode == PadMode::replicate ? -j : -s;
   return a.mode == PadMode::replicate ? a.source - 1 + (j - before) : 2 * (a.source - 1) - s;
 }
 
 // The output that reads this padded position through tap k, or -1: with strides only every
 // stride-th position is read through a given tap.
-MF_HOST_DEVICE inline index_t output_at(const AxisMap& a, index_t position, index_t k) {
-  const index_t offset = position + a.front - k * a.dilation;
+template <class Int>
+MF_HOST_DEVICE inline Int output_at(const AxisMapOf<Int>& a, Given<Int> position, Given<Int> k) {
+  const auto offset = position + a.front - k * a.dilation;
   if (offset < 0 || offset % a.stride != 0) return -1;
-  const index_t o = offset / a.stride;
+  const auto o = offset / a.stride;
   return o < a.out ? o : -1;
 }
 

@@ -44,6 +44,7 @@ def _rooms() -> list[Path]:
 
 def _ops_header() -> str:
     names = [room.name for room in _rooms()]
+    names.append("selftest")
     declared = "".join(f"void bind_{name}(pybind11::module_& m);\n" for name in names)
     called = "".join(f"  bind_{name}(m);\n" for name in names)
     return (
@@ -55,25 +56,29 @@ def _ops_header() -> str:
 def _sources() -> list[Path]:
     csrc = ROOT / "csrc"
     rooms = [source for room in _rooms() for source in (*room.glob("*.cu"), room / "bindings.cpp")]
-    return [csrc / "module.cpp", csrc / "common/cuda/device.cu", EMULATOR / "emulator.cpp", *rooms]
+    return [
+        csrc / "module.cpp",
+        csrc / "common/cuda/device.cu",
+        *sorted(EMULATOR.glob("*.cpp")),
+        *rooms,
+    ]
 
 
-def _digest() -> str:
+def _digest(*files: Path) -> str:
     digest = hashlib.sha256(" ".join([_compiler(), torch.__version__, *FLAGS]).encode())
-    for folder in (ROOT / "csrc", EMULATOR):
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def build() -> Path:
-    """The path of the module, built anew only when a source has changed."""
-    folder = ROOT / "build" / "cuda_emulation" / _digest()
-    module = folder / f"{NAME}.so"
-    if module.exists():
-        return module
+    """The path of the module; compiles what has changed since the last time."""
+    folder = ROOT / "build" / "cuda_emulation"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ops.h").write_text(_ops_header())
+    headers = [folder / "ops.h"]
+    for root in (ROOT / "csrc", EMULATOR):
+        headers += sorted(p for p in root.rglob("*") if p.suffix in (".h", ".cuh"))
     includes = [EMULATOR, ROOT / "csrc", folder, Path(torch.__file__).parent / "include"]
     command = [
         _compiler(),
@@ -86,18 +91,24 @@ def build() -> Path:
     ]
 
     def compile_one(source: Path) -> Path:
-        target = folder / ("_".join(source.relative_to(ROOT).parts) + ".o")
+        stem = "_".join(source.relative_to(ROOT).parts)
+        target = folder / f"{stem}-{_digest(source, *headers)}.o"
+        if target.exists():
+            return target
         level = (
             "-O1" if source.suffix == ".cu" else "-O0"
         )  # bindings cost time to compile, not to run
-        _run([*command, level, "-x", "c++", "-c", str(source), "-o", str(target)])
-        return target
+        part = target.with_suffix(f".{os.getpid()}")  # never a half-written object under the name
+        _run([*command, level, "-x", "c++", "-c", str(source), "-o", str(part)])
+        return part.replace(target)
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, _sources()))
-    whole = folder / f"{NAME}.{os.getpid()}"
-    _run([_compiler(), "-shared", *map(str, objects), "-o", str(whole)])
-    whole.replace(module)
+    module = folder / f"{NAME}-{_digest(*objects)}.so"
+    if not module.exists():
+        part = module.with_suffix(f".{os.getpid()}")
+        _run([_compiler(), "-shared", *map(str, objects), "-o", str(part)])
+        part.replace(module)
     return module
 
 

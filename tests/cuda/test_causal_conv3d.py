@@ -104,7 +104,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, device: torch.devic
     exact_inputs = [t.double() for t in inputs]
     dy = torch.randn_like(_conv(exact_inputs, case, "reference")).to(dtype)
     actual = _value_and_gradients(inputs, dy, case, "native")
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         plain = _value_and_gradients(inputs, dy, case, "reference")
         exact = _value_and_gradients(exact_inputs, dy, case, "reference")
     names = ("y", "dx", "dweight", "dbias", "dhistory")

@@ -1,6 +1,6 @@
 // Layout of operand tiles in shared memory and the lanes' share of a matrix load. Host and device.
 // Previous hop: tensor-core kernels.
-// Next hop: none; tests/cuda/test_tile.py holds the layout free of bank conflicts.
+// Next hop: none; the emulated matrix load of the tests refuses bank conflicts.
 #pragma once
 
 #include "common/shape.h"

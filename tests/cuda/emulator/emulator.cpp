@@ -3,6 +3,7 @@
 // Next hop: none; x86-64 only (the switch between fibers is assembly).
 #include "emulator.h"
 
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <random>
@@ -39,6 +40,7 @@ struct Machine {
   int threads = 0, barrier_count = 0;
   Fiber* current = nullptr;
   void* scheduler = nullptr;
+  const char* failure = nullptr;
   const std::function<void()>* body = nullptr;
   std::mt19937 order{20261120};
 };
@@ -144,6 +146,7 @@ void run_block() {
         machine.current = &fiber;
         threadIdx = fiber.index;
         emulator_switch(&machine.scheduler, fiber.stack_pointer);
+        if (machine.failure != nullptr) throw std::runtime_error(machine.failure);
         ran = true;
       }
       live = live || fiber.state != State::done;
@@ -162,6 +165,13 @@ unsigned char* dynamic_shared() {
   const auto address = reinterpret_cast<std::uintptr_t>(machine.shared.data());
   return machine.shared.data() + ((128 - address % 128) % 128);
 }
+[[noreturn]] void fail(const char* why) {
+  machine.failure = why;
+  machine.current->state = State::done;
+  yield_to_scheduler();
+  std::abort();  // a finished fiber is never resumed
+}
+
 int lane() { return machine.current->linear % kWarp; }
 
 int block_barrier(bool predicate) {
@@ -185,7 +195,7 @@ const unsigned char* warp_exchange(unsigned mask, const void* operand, std::size
 
 void copy_async(void* shared, const void* global, int bytes, bool valid) {
   CopyGroup& open = machine.current->open;
-  if (open.count == 64) throw std::runtime_error("emulator: more than 64 copies in one group");
+  if (open.count == 64) fail("emulator: more than 64 copies in one group");
   open.copies[open.count++] = {shared, global, bytes, valid};
 }
 void copy_commit() {
@@ -213,6 +223,7 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::functi
   blockDim = block;
   gridDim = grid;
   machine.body = &body;
+  machine.failure = nullptr;
   const auto threads = static_cast<std::size_t>(machine.threads);
   if (machine.fibers.size() < threads) machine.fibers.resize(threads);
   machine.slots.assign((threads + kWarp - 1) / kWarp * 2 * kWarp * kSlotBytes, 0);

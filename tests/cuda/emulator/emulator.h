@@ -54,6 +54,10 @@ int block_barrier(bool predicate);
 const unsigned char* warp_exchange(unsigned mask, const void* operand, std::size_t bytes);
 int lane();
 
+// Ends the launch with a std::runtime_error; called by a kernel's instruction that finds itself
+// misused.
+[[noreturn]] void fail(const char* why);
+
 void copy_async(void* shared, const void* global, int bytes, bool valid);
 void copy_commit();
 void copy_wait(int still_pending);

@@ -14,7 +14,8 @@ namespace magvit_fast::cuda {
 inline unsigned char* dynamic_shared() { return ::emulator::dynamic_shared(); }
 
 inline void check_aligned(const void* p, unsigned bytes) {
-  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0) __builtin_trap();
+  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0)
+    ::emulator::fail("emulator: a misaligned address of an asynchronous copy or a matrix load");
 }
 
 inline void copy_async_16(void* shared, const void* global, bool valid) {
@@ -35,6 +36,12 @@ inline void load_matrix_x4(std::uint32_t (&fragment)[4], const void* row, bool t
   const auto* table = ::emulator::warp_exchange(0xffffffffu, &row, sizeof(row));
   const int lane = ::emulator::lane();
   for (int m = 0; m < 4; ++m) {
+    unsigned banks = 0;  // groups of four banks that the eight rows of this matrix lie in
+    for (int r = 0; r < 8; ++r)
+      banks |= 1u << (reinterpret_cast<std::uintptr_t>(
+                          ::emulator::warp_read<const void*>(table, m * 8 + r)) /
+                      16 % 8);
+    if (banks != 0xffu) ::emulator::fail("emulator: a matrix load with bank conflicts");
     std::uint16_t pair[2];
     for (int j = 0; j < 2; ++j) {
       const int fixed = lane / 4, running = 2 * (lane % 4) + j;

@@ -1,0 +1,81 @@
+// Kernels that misuse the machine, so that the tests can see the emulator notice.
+// Previous hop: tests/cuda/test_emulator.py.
+// Next hop: emulator.cpp.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "common/cuda/ptx.cuh"
+
+namespace magvit_fast {
+namespace {
+
+cudaLaunchConfig_t one_block(unsigned threads) {
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = 4096;
+  return config;
+}
+
+// Each thread hands its number to the next; right only with the barrier.
+void rotate_kernel(int* out, bool with_barrier) {
+  __shared__ int slots[64];
+  const int thread = static_cast<int>(threadIdx.x);
+  slots[thread] = -1;
+  __syncthreads();
+  slots[thread] = thread;
+  if (with_barrier) __syncthreads();
+  out[thread] = slots[(thread + 1) % 64];
+}
+
+void lonely_barrier_kernel() {
+  if (threadIdx.x % 32 == 0) __syncwarp();
+}
+
+void read_early_kernel(const float* from, float* out, bool wait) {
+  float* shared = reinterpret_cast<float*>(cuda::dynamic_shared());
+  cuda::copy_async_16(shared, from, true);
+  cuda::copy_async_commit();
+  if (wait) cuda::copy_async_wait<0>();
+  *out = shared[0];
+}
+
+// Rows of 64 bytes without a swizzle: rows 0, 2, 4, 6 of a matrix share their banks.
+void conflict_kernel() {
+  std::uint32_t fragment[4];
+  cuda::load_matrix(fragment, cuda::dynamic_shared() + threadIdx.x % 8 * 64);
+}
+
+}  // namespace
+
+void bind_selftest(pybind11::module_& m) {
+  m.def("selftest_rotate", [](bool with_barrier) {
+    std::vector<int> out(64);
+    const auto config = one_block(64);
+    cudaLaunchKernelEx(&config, rotate_kernel, out.data(), with_barrier);
+    return out;
+  });
+  m.def("selftest_deadlock", [] {
+    const auto config = one_block(64);
+    cudaLaunchKernelEx(&config, lonely_barrier_kernel);
+  });
+  m.def("selftest_copy", [](bool wait) {
+    alignas(16) const float from[4] = {5.0f, 0.0f, 0.0f, 0.0f};
+    float out = 0.0f;
+    const auto config = one_block(1);
+    cudaLaunchKernelEx(&config, read_early_kernel, from, &out, wait);
+    return out;
+  });
+  m.def("selftest_conflict", [] {
+    const auto config = one_block(32);
+    cudaLaunchKernelEx(&config, conflict_kernel);
+  });
+  m.def("selftest_too_many_threads", [] {
+    const auto config = one_block(2048);
+    return cudaLaunchKernelEx(&config, conflict_kernel);
+  });
+}
+
+}  // namespace magvit_fast

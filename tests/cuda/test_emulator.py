@@ -1,0 +1,33 @@
+"""The emulator notices what it is there to notice."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import pytest
+
+
+def test_a_missing_barrier_shows(emulated_core: ModuleType) -> None:
+    rotated = [*range(1, 64), 0]
+    assert emulated_core.selftest_rotate(True) == rotated
+    assert any(emulated_core.selftest_rotate(False) != rotated for _ in range(5))
+
+
+def test_a_barrier_that_lanes_never_reach_is_a_deadlock(emulated_core: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="deadlock"):
+        emulated_core.selftest_deadlock()
+
+
+def test_a_copy_arrives_when_it_is_waited_for(emulated_core: ModuleType) -> None:
+    assert emulated_core.selftest_copy(True) == 5.0
+    assert math.isnan(emulated_core.selftest_copy(False))
+
+
+def test_bank_conflicts_of_a_matrix_load_are_refused(emulated_core: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="bank conflicts"):
+        emulated_core.selftest_conflict()
+
+
+def test_launch_limits(emulated_core: ModuleType) -> None:
+    assert emulated_core.selftest_too_many_threads() != 0

@@ -1,0 +1,88 @@
+"""What `make gpu` measures: ours and PyTorch's ways of a row do the same work, and the session says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import gpu_rows, gpu_session
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBLEM = {
+    "name": "tiny", "batch": 2, "channels": [8, 16], "size": [3, 4, 5], "kernel": [3, 3, 3],
+    "stride": [1, 1, 1], "with_bias": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("work", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"stride": [2, 2, 2]},
+        {"kernel": [4, 4, 4], "stride": [1, 2, 2], "with_bias": False},
+        {"kernel": [1, 1, 1]},
+    ],
+    ids=str,
+)
+def test_ways_of_a_convolution_agree(
+    change: dict[str, Any], work: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_rows, "DEVICE", device.type)
+    row = gpu_rows._conv_row({**PROBLEM, **change}, "float32", work)
+    inputs = row.make()
+    assert row.ours is not None
+    actual = row.ours(*inputs)
+    for way in row.ways.values():
+        torch.testing.assert_close(actual, way(*inputs), rtol=1e-4, atol=1e-4)
+    difference = gpu_session._difference(row, inputs)
+    assert difference is not None
+    assert difference < 1e-5
+
+
+def test_work_counts_taps_that_read_frames() -> None:
+    problem = {**PROBLEM, "size": [1, 4, 5]}  # one frame: two of three taps read padding
+    flops, moved = gpu_rows._conv_work(problem, (1, 4, 5), 2)
+    assert flops == 2 * 2 * 4 * 5 * 9 * 8 * 16
+    assert moved == 2 * (2 * 4 * 5 * (8 + 16) + 8 * 16 * 27)
+
+
+def test_rows_have_names_of_their_own() -> None:
+    names = [row.name for row in gpu_rows.all_rows()]
+    assert len(set(names)) == len(names)
+    assert any("res_128_17x128x128_b8 bfloat16 forward" in name for name in names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a device")
+def test_without_a_device_it_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_session"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_table_names_the_winner() -> None:
+    way = {"low_ms": 1.0, "high_ms": 1.0, "calls": 5, "method": "graph"}
+    report = {
+        "machine": {"gpu": "one"},
+        "stages": {"build": {"status": 0}, "tests": {"status": 1}},
+        "rows": [{
+            "row": "work", "flops": 2e9, "bytes": 0.0, "difference": 1e-3,
+            "ways": {
+                "ours": {**way, "ms": 1.0, "informative": False},
+                "slow": {**way, "ms": 3.0, "informative": False},
+                "less work": {**way, "ms": 0.1, "informative": True},
+                "broken": {"error": "RuntimeError: no", "informative": False},
+            },
+        }],
+    }  # fmt: skip
+    text = gpu_session.table(report)
+    assert "| work | 1.0000 | 3.0000 | slow | 3.00x | 2 TFLOP/s | 1.0e-03 |" in text
+    assert "tests: FAILED (1)" in text
