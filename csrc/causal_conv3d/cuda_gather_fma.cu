@@ -7,6 +7,9 @@
 // the next step's elements wait in registers while the present one is multiplied, two stages of
 // shared memory, one barrier a step. kVector = 4 moves float4 (channels of a group in fours), 1
 // takes any count. Thin layers (3 channels) use kDepth = 4, so that little of a step is padding.
+//
+// Registers (nvcc 13.0, sm_90a): up to 255, nothing spilled; one block a multiprocessor at 128
+// columns.
 #include "causal_conv3d/gather.cuh"
 
 namespace magvit_fast::cuda {

@@ -3,15 +3,19 @@
 // Next hop: mma.sync through common/cuda/ptx.cuh.
 //
 // Grid: one block of 8 warps for a tile of 128 rows (pixels) x kColumns channels of one group;
-// column tiles run fastest, so that blocks which gather the same pixels run together. Main loop:
-// for every (tap, copy) that the tile's rows reach, for every 32 channels, 128 x 32 gathered
-// elements and 32 x kColumns weights move to shared memory (cp.async, kStages deep) and are
-// multiplied. Forward weights lie [Cout][tap][Cin], the sum's index innermost; the input gradient
-// sums over Cout and reads the same array transposed by the matrix load, so one packing serves
-// both. FLOPs: 2 x rows x columns x taps reached x channels. Traffic per step: (128 + kColumns) x
-// 64 bytes. Limits: 16-bit types; channels of a group in eights; 2^31 - 1 tiles; coordinates along
-// an axis in int32, offsets in int64. A tile that skips taps of zero padding does what causal
-// padding allows: frame 0 of a 3x3x3 causal kernel costs a third.
+// column tiles run fastest, so that blocks which gather the same pixels run together.
+//
+// Main loop: for every (tap, copy) that the tile's rows reach, for every 32 channels, 128 x 32
+// gathered elements and 32 x kColumns weights move to shared memory (cp.async, kStages deep) and
+// are multiplied. Forward weights lie [Cout][tap][Cin], the sum's index innermost; the input
+// gradient sums over Cout and reads the same array transposed by the matrix load, so one packing
+// serves both. A tile of one frame skips the taps that read padding: frame 0 of a causal 3x3x3
+// kernel costs a third.
+//
+// FLOPs: 2 x rows x columns x taps reached x channels. Traffic per step: (128 + kColumns) x 64
+// bytes from L2. Registers (nvcc 13.0, sm_90a): 128, two blocks a multiprocessor; 48 to 64 bytes
+// are spilled at kColumns = 128, none below. Limits: 16-bit types; channels of a group in eights;
+// 2^31 - 1 tiles; coordinates along an axis below 2^30, offsets in int64.
 #include "causal_conv3d/gather.cuh"
 #include "common/cuda/ptx.cuh"
 #include "common/cuda/tile.h"
@@ -79,10 +83,12 @@ __device__ __forceinline__ void multiply_stage(const T* left, const T* weights, 
       }
     }
 #pragma unroll
-    for (int i = 0; i < kMmaRows; ++i) {  // one block of rows at a time: four registers, not sixteen
+    for (int i = 0; i < kMmaRows;
+         ++i) {  // one block of rows at a time: four registers, not sixteen
       std::uint32_t a[4];
       load_matrix(
-          a, left + chunk_at<kDepthChunks>(warp_row + i * 16 + by_rows.row, k / 8 + by_rows.chunk) * 8);
+          a, left + chunk_at<kDepthChunks>(warp_row + i * 16 + by_rows.row, k / 8 + by_rows.chunk) *
+                        8);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         multiply_accumulate<T>(sum[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);

@@ -7,6 +7,9 @@
 // one output channel when loading, and owns kTall x 8 sums. One step: kDepth pixels,
 // double-buffered as in cuda_gather_fma.cu. kTall = 1 (16 channels of Cout a tile) is for thin
 // outputs.
+//
+// Registers (nvcc 13.0, sm_90a): up to 255, nothing spilled; one block a multiprocessor at 128
+// rows.
 #include "causal_conv3d/cuda_kernels.h"
 #include "common/cuda/convert.cuh"
 

@@ -123,13 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T* x_tile = dy_tile + kDepth * kRows;
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      std::uint32_t a[Warps::mma_rows][4], b[2][4];
-#pragma unroll
-      for (int i = 0; i < Warps::mma_rows; ++i)
-        load_matrix_transposed(
-            a[i], dy_tile + chunk_at<kOutChunks>(k + by_chunks.row,
-                                                 warp_row / 8 + i * 2 + by_chunks.chunk) *
-                                8);
+      std::uint32_t b[2][4];
 #pragma unroll
       for (int j = 0; j < 2; ++j)
         load_matrix_transposed(
@@ -137,10 +131,16 @@ __global__ void __launch_bounds__(kThreads, 2)
             x_tile +
                 chunk_at<kInChunks>(k + by_rows.row, warp_column / 8 + j * 2 + by_rows.chunk) * 8);
 #pragma unroll
-      for (int i = 0; i < Warps::mma_rows; ++i)
+      for (int i = 0; i < Warps::mma_rows; ++i) {
+        std::uint32_t a[4];
+        load_matrix_transposed(
+            a, dy_tile +
+                   chunk_at<kOutChunks>(k + by_chunks.row, warp_row / 8 + i * 2 + by_chunks.chunk) *
+                       8);
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          multiply_accumulate<T>(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          multiply_accumulate<T>(sum[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      }
     }
   }
   copy_async_wait<0>();
