@@ -17,7 +17,13 @@ from magvit_fast.data.tokens import load_tokens
 from magvit_fast.data.video import probe, read_video, write_video
 from magvit_fast.errors import FileFormatError
 from magvit_fast.metrics import psnr, ssim
-from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
+from magvit_fast.models import (
+    MagvitConfig,
+    MagvitTokenizer,
+    MagvitV2Tokenizer,
+    MaskedTransformer,
+    MaskedTransformerConfig,
+)
 
 PREDICT = ("generate", "--task", "frame_prediction")
 
@@ -68,6 +74,31 @@ def test_generate_from_a_class(cli: Callable, models: Any, tmp_path: Path) -> No
     )  # fmt: skip
     assert result.status == 0, result.err
     assert (probe(out).frames, probe(out).fps) == (9, 8.0)
+
+
+def test_generate_with_magvit(cli: Callable, clip: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    MagvitTokenizer(
+        MagvitConfig(
+            filters=4, channel_multipliers=(1, 1, 1), temporal_downsample=(True, True),
+            num_res_blocks=1, norm_groups=2, codebook_size=16, embedding_dim=4,
+        )
+    ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
+    MaskedTransformer(
+        MaskedTransformerConfig(
+            hidden_size=16, num_layers=1, num_heads=2, mlp_size=32, grid=(2, 4, 4),
+            num_subtokens=1, subtoken_size=16,
+        )
+    ).save_pretrained(tmp_path / "transformer")  # fmt: skip
+    out = tmp_path / "out.mp4"
+    models = ["--tokenizer", tmp_path / "tokenizer", "--transformer", tmp_path / "transformer"]
+    result = cli(
+        "generate", "--task", "outpainting_dynamic", "--video", clip, "-o", out, "--steps", "2",
+        "--json", *models,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["shape"] == [1, 3, 8, 16, 16]
+    assert out.exists()
 
 
 def test_generate_bad_input(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:

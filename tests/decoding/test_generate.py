@@ -321,6 +321,27 @@ def test_every_task_with_magvit(
         assert not torch.equal(seen, task.condition_video(1 - video, geometry))
 
 
+def test_cuts_and_fixed_conditions_reach_the_decoding(
+    magvit: tuple[MagvitTokenizer, MaskedTransformer],
+) -> None:
+    def run(**more: Any) -> torch.Tensor:
+        return mf.generate(*magvit, task="frame_prediction", video=clip(1), steps=3, **more)
+
+    # one value left: the most likely one
+    surest = run(temperature=0.0, choice_temperature=0.0)
+    assert torch.equal(run(top_k=1, choice_temperature=0.0), surest)
+    assert not torch.equal(run(top_p=0.3), run())
+    tokenizer, transformer = magvit
+    task, geometry = TASKS["frame_prediction"], clip_geometry(tokenizer, transformer)
+    ids = tokenizer.encode(task.condition_video(clip(1), geometry))
+    settings = MaskedDecoding(steps=3, fixed_condition=True)
+    made = generate_tokens(tokenizer, transformer, task, settings, video=clip(1))
+    inside = task.token_mask(geometry).expand_as(ids)
+    assert torch.equal(made[inside], ids[inside])
+    expected = tokenizer.decode(made)
+    torch.testing.assert_close(run(fixed_condition=True), expected)
+
+
 def test_magvit_predicts_long_videos_from_one_frame(
     magvit: tuple[MagvitTokenizer, MaskedTransformer],
 ) -> None:

@@ -218,6 +218,24 @@ def test_a_training_step_in_bfloat16_lowers_the_loss() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["magvit-b", "magvit-l"])
+def test_the_published_models_train_a_step_in_bfloat16(preset: str) -> None:
+    model = MagvitTokenizer.from_preset(preset)
+    model.set_gradient_checkpointing()
+    video = torch.rand(1, 3, 8, 32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    before = model.quantizer.codebook.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(video)
+    loss = F.mse_loss(output.reconstruction.float(), video) + output.losses["quantizer"]
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    assert not torch.equal(model.quantizer.codebook, before)
+    assert tuple(model.eval().encode(video).shape) == (1, 2, 4, 4)
+
+
 def test_fullgraph_compile() -> None:
     model = tiny(channel_multipliers=(1, 2), temporal_downsample=(True,), num_res_blocks=1)
     video = torch.rand(1, 3, 4, 8, 8)

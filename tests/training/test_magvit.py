@@ -11,7 +11,7 @@ from tests.training.tiny import SCENES, tokenizer_recipe, transformer_recipe
 
 import magvit_fast as mf
 from magvit_fast.data.order import Draw
-from magvit_fast.data.tokens import TokenClips
+from magvit_fast.data.tokens import TokenClips, TokenHeader
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models import (
     DiscriminatorConfig,
@@ -21,11 +21,16 @@ from magvit_fast.models import (
     MaskedTransformerConfig,
     load_tokenizer,
 )
-from magvit_fast.tasks import ClipGeometry, get_task
+from magvit_fast.tasks import GIVEN, ClipGeometry, get_task
 from magvit_fast.training.config import TaskConfig
+from magvit_fast.training.run import new_accelerator
 from magvit_fast.training.sources import open_clips
 from magvit_fast.training.tokenizer_loop import train_tokenizer
-from magvit_fast.training.transformer_loop import train_transformer
+from magvit_fast.training.transformer_loop import (
+    TransformerTrainer,
+    task_of,
+    train_transformer,
+)
 
 MODEL = MagvitConfig(
     filters=8, channel_multipliers=(1, 2), temporal_downsample=(True,), num_res_blocks=1,
@@ -66,6 +71,30 @@ def test_both_stages_and_generation(tmp_path: Path) -> None:
     transformer = MaskedTransformer.from_pretrained(trained.output)
     out = mf.generate(tokenizer, transformer, task="frame_prediction", video=video, steps=2)
     assert out.shape == (1, 3, 4, 16, 16)
+
+
+@pytest.mark.parametrize("mode", ["latent", "fixed"])
+def test_ablation_modes_train(tmp_path: Path, mode: str) -> None:
+    torch.manual_seed(0)
+    MagvitTokenizer(MODEL).save_pretrained(tmp_path / "tokenizer")
+    shape = MaskedTransformerConfig(
+        hidden_size=16, num_layers=1, num_heads=2, mlp_size=32, grid=(2, 8, 8), num_subtokens=1,
+        subtoken_size=16,
+    )  # fmt: skip
+    recipe = transformer_recipe(
+        tmp_path, tmp_path / "tokenizer", data=CLIPS, model=shape, steps=1,
+        task=TaskConfig(given_frames=1, condition_mode=mode),  # type: ignore[arg-type]
+    )  # fmt: skip
+    tokens = TokenHeader("", 4, (2, 8, 8), (4, 16, 16))
+    trainer = TransformerTrainer(
+        new_accelerator(recipe.run), recipe, task_of(recipe.task), tokens, causal=False
+    )
+    ids, other = torch.randint(0, 16, (2, 2, 8, 8)), torch.randint(0, 16, (2, 2, 8, 8))
+    batch, _ = trainer._corrupt({"ids": ids, "condition_ids": other}, ids.flatten(1), 0, 0)
+    given = batch.part == GIVEN
+    assert given.sum(1).tolist() == [64, 64]
+    shown = (ids if mode == "latent" else other).flatten(1)
+    assert torch.equal(batch.tokens[given], shown[given])
 
 
 def test_files_that_hold_no_tokenizer_are_named(tmp_path: Path) -> None:

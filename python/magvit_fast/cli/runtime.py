@@ -17,6 +17,8 @@ from magvit_fast import _native
 from magvit_fast.data.atomic import check_writable
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
+from magvit_fast.models import load_tokenizer as load_stored
+from magvit_fast.models.tokenizers import VideoTokenizer
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo"
 
@@ -160,6 +162,11 @@ def add_transformer_option(parser: argparse.ArgumentParser) -> None:
 def load_tokenizer(source: str | None, device: torch.device) -> MagvitV2Tokenizer:
     """Ready for inference. Raises FileFormatError (missing, damaged or foreign model)."""
     return MagvitV2Tokenizer.from_pretrained(_source(source, "tokenizer")).to(device).eval()
+
+
+def load_any_tokenizer(source: str | None, device: torch.device) -> VideoTokenizer:
+    """As load_tokenizer, for commands that work with the tokenizer of any system."""
+    return load_stored(_source(source, "tokenizer")).to(device).eval()
 
 
 def load_transformer(source: str | None, device: torch.device) -> MaskedTransformer:

@@ -64,6 +64,9 @@ def generate(
     temperature: float = 1.0,
     guidance: float | Guidance = 0.0,
     seed: int = 0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    fixed_condition: bool = False,
     frames: int | None = None,
     noise: Sequence[Noise] | None = None,
 ) -> Tensor:
@@ -77,9 +80,11 @@ def generate(
             prediction looks at its first frames alone (5 for a causal tokenizer), interpolation at
             both ends, the others at all frames of one clip. None for class_generation.
         class_id: for the two class-conditional tasks, one id or B of them.
-        steps, schedule, choice_temperature, temperature: see decoding.MaskedDecoding.
+        steps, schedule, choice_temperature, temperature, top_k, top_p: see decoding.MaskedDecoding.
         guidance: the scale s in conditional + s * (conditional - unconditional), or a Guidance.
         seed: same seed, same device, same inputs: same video.
+        fixed_condition: condition tokens stay as they are in place of being refined, for models
+            trained with one of the ablation modes of tasks.commit_mask.
         frames: length of the result; None = one clip. Frame prediction goes on for as long as it is
             told, each window conditioned on the last frames of the one before; other tasks make one
             clip.
@@ -104,6 +109,9 @@ def generate(
         if isinstance(guidance, Guidance)
         else Guidance(check_number("guidance", guidance)),
         seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        fixed_condition=fixed_condition,
     )
     video = _checked_video(chosen, geometry, video)
     classes = _checked_classes(chosen, transformer, class_id, None if video is None else len(video))

@@ -20,7 +20,7 @@ from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformerConfig
 from magvit_fast.models.presets import preset
-from magvit_fast.tasks import get_task
+from magvit_fast.tasks import ConditionMode, get_task
 from magvit_fast.training.losses import TokenizerLossWeights
 
 if sys.version_info >= (3, 11):
@@ -220,12 +220,14 @@ class TaskConfig:
     given_frames: leading frames of the tasks that are given some; 0 keeps the task's own number.
     class_drop: share of samples whose class is replaced by "no class" (for guidance).
     ratio_per_sample: draw the mask ratio for each sample instead of once a batch (see tasks.commit).
+    condition_mode: "commit", or an ablation (see tasks.commit_mask): "latent" (latent masking), "fixed".
     """
 
     name: str = "frame_prediction"
     given_frames: int = 0
     class_drop: float = 0.1
     ratio_per_sample: bool = False
+    condition_mode: ConditionMode = "commit"
     label_smoothing: float = 1e-4
 
     def __post_init__(self) -> None:

@@ -169,6 +169,7 @@ class TransformerTrainer:
             ids,
             condition,
             mask,
+            mode=options.condition_mode,
             u=(u[mine] if options.ratio_per_sample else u).to(ids.device),
             scores=scores[mine].to(ids.device),
         )
