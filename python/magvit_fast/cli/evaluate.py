@@ -20,7 +20,7 @@ from magvit_fast.cli.runtime import (
     add_transformer_option,
     frame_size,
     implementation,
-    load_tokenizer,
+    load_any_tokenizer,
     load_transformer,
     positive_int,
     running,
@@ -39,7 +39,7 @@ from magvit_fast.metrics import (
     psnr,
     ssim,
 )
-from magvit_fast.models import MagvitV2Tokenizer
+from magvit_fast.models.tokenizers import VideoTokenizer
 from magvit_fast.tasks import FrameTask, get_task
 
 HELP = "Measure reconstruction and prediction on video files: PSNR, SSIM, codebook use, bit rate."
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prediction", action="store_true", help="also continue each clip from its first frames"
     )
     parser.add_argument(
-        "--frames", type=positive_int, default=17, help="of a clip, 1 + 4k (default 17)"
+        "--frames", type=positive_int, default=17, help="of a clip (default 17; MAGVIT: 16)"
     )
     parser.add_argument(
         "--size", type=frame_size, default=(64, 64), metavar="N|HxW", help="default 64"
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     with running(args) as device:
-        tokenizer = load_tokenizer(args.tokenizer, device)
+        tokenizer = load_any_tokenizer(args.tokenizer, device)
         shape, predict = (args.frames, *args.size), None
         if args.prediction:
             shape, predict = _predictor(tokenizer, args, device)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _predictor(
-    tokenizer: MagvitV2Tokenizer, args: argparse.Namespace, device: torch.device
+    tokenizer: VideoTokenizer, args: argparse.Namespace, device: torch.device
 ) -> tuple[tuple[int, int, int], Predict]:
     transformer = load_transformer(args.transformer, device)
     geometry = clip_geometry(tokenizer, transformer)
@@ -119,7 +119,7 @@ def _clip_count(path: str, frames: int, most: int | None) -> int:
 
 def _measure(
     path: str,
-    tokenizer: MagvitV2Tokenizer,
+    tokenizer: VideoTokenizer,
     shape: tuple[int, int, int],
     predict: Predict | None,
     args: argparse.Namespace,
