@@ -139,12 +139,7 @@ def first_generation(tmp_path: Path) -> list[str]:
 def test_a_first_generation_pair(
     cli: Callable, fails: Callable, first_generation: list[str], clip: str, tmp_path: Path
 ) -> None:
-    """It generates and is evaluated; tokens of videos of any length need a causal tokenizer."""
-    out = tmp_path / "x.mp4"
-    result = cli(*PREDICT, "--video", clip, "-o", out, *first_generation, "--steps", "2", "--json")
-    assert result.status == 0, result.err
-    facts = json.loads(result.out)
-    assert (facts["shape"], facts["given_frames"]) == ([1, 3, 8, 16, 16], 1)
+    """It is evaluated; tokens of videos of any length need a causal tokenizer."""
     result = cli("evaluate", clip, *first_generation, "--prediction", "--steps", "2", "--json")
     assert result.status == 0, result.err
     assert json.loads(result.out)["files"][0]["clips"] == 3
