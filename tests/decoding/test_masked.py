@@ -218,6 +218,21 @@ def test_guidance_of_zero_saves_the_second_pass() -> None:
     decode_masked(network, condition, inside, MaskedDecoding(steps=2), predict_unconditional=fail)
 
 
+def test_more_steps_than_tokens_end_all_the_same() -> None:
+    """Where one token is left the release makes all of them unknown again; here they stay known."""
+    golden = load_goldens("magvit_v1/04_decode_degenerate")
+    official = golden["tiny_cosine/num_unknown"][:, 0].tolist()
+    assert official == [8, 7, 6, 5, 4, 3, 2, 1, 8, 3, 2, 1, 8]
+    condition, inside = torch.zeros(2, 8).long(), torch.zeros(8, dtype=torch.bool)
+    states = list(
+        masked_decoding_steps(random_network(), condition, inside, MaskedDecoding(steps=12))
+    )
+    counts = [8] + [int(state.unknown.sum(1)[0]) for state in states]
+    assert counts[:8] == official[:8]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 0
+
+
 def test_likely_values_by_hand() -> None:
     logits = torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()
     assert likely_values(logits, top_k=2).tolist() == [[True, False, True, False]]
@@ -245,6 +260,8 @@ def test_seeded_draws_stay_within_the_cut(cut: dict[str, float]) -> None:
     assert torch.equal(run(**cut), run(**cut))
     assert not allowed.gather(-1, run().unsqueeze(-1)).all()
     assert (run(**cut) != logits.argmax(-1)).any()
+    everything = {"top_k": 8} if "top_k" in cut else {"top_p": 1.0}
+    assert torch.equal(run(**everything), run())  # the same random numbers as without a cut
     assert torch.equal(run(**cut, temperature=0.0), logits.argmax(-1))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from magvit_fast import ops
 from magvit_fast.decoding.schedules import Guidance, unknown_counts
 from magvit_fast.ops._checks import check_int, check_number
+from magvit_fast.ops.confidence_remask import CHOICE_STREAM, VALUE_STREAM, gumbel
 
 # (tokens int64 [B, N], mask bool [B, N]) -> logits [B, N, G, V]
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -157,14 +158,13 @@ def _step_noise(
     if not (settings.top_k or settings.top_p) or settings.temperature == 0:
         return noise  # the most likely value is in every cut
     if noise is None:
-        generator = torch.Generator(device=logits.device)
-        generator.manual_seed((settings.seed * 1_000_003 + step) % 2**63)
-
-        def gumbel(like: Tensor) -> Tensor:
-            return -torch.empty_like(like).exponential_(generator=generator).log()
-
-        wide = logits.float()
-        noise = gumbel(wide), gumbel(wide[:, :, 0, 0])
+        # the numbers that the op would draw
+        values = torch.arange(logits.numel(), device=logits.device).view(logits.shape)
+        choices = torch.arange(logits[..., 0, 0].numel(), device=logits.device)
+        noise = (
+            gumbel(values, step, VALUE_STREAM, settings.seed),
+            gumbel(choices.view(logits.shape[:2]), step, CHOICE_STREAM, settings.seed),
+        )
     kept = likely_values(logits.float(), settings.top_k, settings.top_p)
     return noise[0].masked_fill(~kept, _NEVER), noise[1]
 
