@@ -197,6 +197,31 @@ def test_bfloat16_runs(tmp_path):
     assert len(history) == 2
 
 
+def test_one_gradient_scaler_serves_both_networks(tmp_path):
+    """As with fp16, which Accelerate allows on GPUs only: same step, and overflow skips it for both."""
+    weights = TokenizerLossWeights(lecam=0.0)
+    plain = trainer(tmp_path, loss=weights)
+    recipe = tokenizer_recipe(tmp_path, loss=weights)
+    torch.manual_seed(0)
+    accelerator = new_accelerator(recipe.run)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled = TokenizerTrainer(accelerator, recipe)
+    for one in (plain, scaled):
+        one.forward_backward({"video": video()}, 0, 0)
+    for name, expected in gradients(plain.networks).items():
+        value = gradients(scaled.networks)[name] / 1024
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+    scaled.discriminator.logit.weight.grad[0, 0] = float("inf")
+    before = {k: v.clone() for k, v in scaled.networks.state_dict().items()}
+    scaled.finish_step()
+    assert all(torch.equal(v, before[k]) for k, v in scaled.networks.state_dict().items())
+    assert accelerator.scaler.get_scale() == 512.0
+    scaled.optimizer.zero_grad()
+    scaled.forward_backward({"video": video()}, 0, 0)
+    scaled.finish_step()
+    assert not any(torch.equal(v, before[k]) for k, v in scaled.networks.state_dict().items())
+
+
 def test_full_precision_keeps_autocast_out():
     torch.manual_seed(0)
     layer, x = nn.Linear(3, 3), torch.rand(2, 3)

@@ -133,7 +133,9 @@ class Run:
                     self._save(step + 1, modules, optimizer)
         if self.config.tensorboard:
             self.accelerator.end_training()
-        if result.replaced:
+        everywhere = torch.tensor(result.replaced, device=self.accelerator.device)
+        result.replaced = int(self.accelerator.reduce(everywhere, reduction="sum"))
+        if result.replaced and self.accelerator.is_main_process:
             log.warning("%d clips stood in for files that could not be decoded", result.replaced)
         return result
 
