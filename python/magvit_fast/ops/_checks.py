@@ -62,7 +62,8 @@ def check_number(name: str, value: object, *, least: float = -math.inf) -> float
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     number = float(value)
-    if not (math.isfinite(number) and number >= least):
+    # Comparisons alone: the tracer of torch.compile knows them for numbers that it keeps open.
+    if not (-math.inf < number < math.inf and number >= least):
         bound = "" if least == -math.inf else f", {least:g} or more"
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
     return number
