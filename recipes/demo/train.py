@@ -371,7 +371,9 @@ def evaluate(
         scores["reconstruction"].append(psnr(rebuilt, video).item())
         scores["prediction"].append(psnr(predicted[:, :, GIVEN:], future).item())
         scores["copy_last_frame"].append(psnr(copied, future).item())
-    return {f"psnr_{name}": float(np.mean(values)) for name, values in scores.items()}
+    means = {f"psnr_{name}": float(np.mean(values)) for name, values in scores.items()}
+    means["gain_over_copying"] = means["psnr_prediction"] - means["psnr_copy_last_frame"]
+    return {name: round(value, 2) for name, value in means.items()}
 
 
 def compressed(frames: np.ndarray[Any, np.dtype[np.uint8]], crf: float) -> Tensor:

@@ -30,7 +30,8 @@ FloatArray = npt.NDArray[np.float32]
 TRAIN_SEEDS = range(10_000_000)
 HELD_OUT_SEEDS = range(10_000_000, 10_010_000)
 TUNING_SEEDS = range(10_010_000, 10_020_000)
-DEMO_SEED = 10_000_000
+# Of the first 24 held-out scenes, the one nearest to their medians of both scores in demo/demo.json.
+DEMO_SEED = 10_000_017
 
 _VIEW = 64.0
 _WORLD = 112.0  # side of the world: the camera can pan by _WORLD - _VIEW
