@@ -36,7 +36,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
     """Sum of a tensor over all processes; x itself when there is only one. See mean_over_processes."""
     if not is_distributed():
         return x
-    total: Tensor = _Sum.apply(x)
+    total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -122,7 +122,7 @@ _native.LIB.define(
 )
 
 
-@torch.library.register_fake("magvit_fast::confidence_remask", lib=_native.LIB)
+@torch.library.register_fake("magvit_fast::confidence_remask", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake(logits: Tensor, tokens: Tensor, unknown: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), unknown.new_empty(unknown.shape)
 

@@ -62,14 +62,14 @@ _native.LIB.define(
 )
 
 
-@torch.library.register_fake("magvit_fast::factorized_embedding", lib=_native.LIB)
+@torch.library.register_fake("magvit_fast::factorized_embedding", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake(
     ids: Tensor, weight: Tensor, mask: Tensor | None, mask_embedding: Tensor | None
 ) -> Tensor:
     return weight.new_empty([*ids.shape, weight.shape[2]])
 
 
-@torch.library.register_fake("magvit_fast::factorized_embedding_backward", lib=_native.LIB)
+@torch.library.register_fake("magvit_fast::factorized_embedding_backward", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake_backward(
     ids: Tensor, mask: Tensor | None, grad: Tensor, groups: int, bits: int
 ) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class _Embedding(torch.autograd.Function):
         return _OP(ids, weight, mask, mask_embedding)  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, mask = ctx.saved_tensors
         grad_weight, grad_mask = _BACKWARD(ids, mask, grad, ctx.groups, ctx.bits)
@@ -225,7 +225,7 @@ def factorized_embedding(
     _check(ids, weight, mask, mask_embedding)
     obstacle = _native.native_dtype_obstacle(weight.dtype) or _native.missing_core(ids.device)
     if _native.use_native("factorized_embedding", impl, obstacle):
-        return _Embedding.apply(ids, weight, mask, mask_embedding)  # type: ignore[no-any-return]
+        return _Embedding.apply(ids, weight, mask, mask_embedding)  # type: ignore[no-untyped-call, no-any-return]
     if not torch.compiler.is_compiling() and ids.device.type == "cpu":
         bad = (ids >> (weight.shape[0] * _bits(weight))) != 0
         positions = (bad if mask is None else bad & ~mask).flatten().nonzero()

@@ -50,7 +50,7 @@ def _codes_shape(indices: Tensor, num_bits: int, channel_dim: int) -> list[int]:
     return [*indices.shape[:channel_dim], num_bits, *indices.shape[channel_dim:]]
 
 
-@torch.library.register_fake("magvit_fast::lfq_codes", lib=_native.LIB)
+@torch.library.register_fake("magvit_fast::lfq_codes", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake(
     indices: Tensor, num_bits: int, channel_dim: int, msb_first: bool, dtype: torch.dtype
 ) -> Tensor:

@@ -99,7 +99,7 @@ _native.LIB.define(
 )
 
 
-@torch.library.register_fake("magvit_fast::lfq_entropy_sums", lib=_native.LIB)
+@torch.library.register_fake("magvit_fast::lfq_entropy_sums", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake_sums(
     z: Tensor, mask: Tensor | None, channel_dim: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -107,12 +107,12 @@ def _fake_sums(
     return z.new_empty([1 << z.shape[channel_dim]], dtype=torch.float32), stats
 
 
-@torch.library.register_fake("magvit_fast::lfq_entropy_codebook", lib=_native.LIB)
+@torch.library.register_fake("magvit_fast::lfq_entropy_codebook", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake_codebook(probs: Tensor, stats: Tensor, eps: float, clamp: bool) -> Tensor:
     return probs.new_empty([])
 
 
-@torch.library.register_fake("magvit_fast::lfq_entropy_backward", lib=_native.LIB)
+@torch.library.register_fake("magvit_fast::lfq_entropy_backward", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake_backward(z: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(z)
 
@@ -220,7 +220,7 @@ class _Entropy(torch.autograd.Function):
         return per_sample, _CODEBOOK(probs, stats, eps, clamp)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_sample, grad_codebook = grads
         axis, scale, eps, clamp, sync = ctx.numbers
@@ -311,7 +311,7 @@ def lfq_entropy(
     if _native.use_native("lfq_entropy", impl, obstacle):
         scale = 4.0 * inv_temperature
         together = sync and is_distributed()
-        return _Entropy.apply(z, mask, axis, scale, eps, log_guard == "clamp", together)  # type: ignore[no-any-return]
+        return _Entropy.apply(z, mask, axis, scale, eps, log_guard == "clamp", together)  # type: ignore[no-untyped-call, no-any-return]
     without_autocast: contextlib.AbstractContextManager[Any] = torch.autocast(
         z.device.type, enabled=False
     )

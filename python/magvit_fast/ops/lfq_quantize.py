@@ -39,7 +39,7 @@ def reference(z: Tensor, channel_dim: int, bit_order: str) -> tuple[Tensor, Tens
 _native.LIB.define("lfq_quantize(Tensor z, int channel_dim, bool msb_first) -> (Tensor, Tensor)")
 
 
-@torch.library.register_fake("magvit_fast::lfq_quantize", lib=_native.LIB)
+@torch.library.register_fake("magvit_fast::lfq_quantize", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake(z: Tensor, channel_dim: int, msb_first: bool) -> tuple[Tensor, Tensor]:
     indices = z.new_empty(without_axis(z, channel_dim), dtype=torch.int64)
     return torch.empty_like(z), indices
@@ -124,4 +124,4 @@ def lfq_quantize(
         )
     obstacle = _native.native_dtype_obstacle(z.dtype) or _native.missing_core(z.device)
     native = _native.use_native("lfq_quantize", impl, obstacle)
-    return _StraightThrough.apply(z, axis, bit_order, native)  # type: ignore[no-any-return]
+    return _StraightThrough.apply(z, axis, bit_order, native)  # type: ignore[no-untyped-call, no-any-return]
