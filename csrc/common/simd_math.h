@@ -26,6 +26,16 @@ static inline unsigned lane_bits(vi condition) {
 }
 static inline bool any(vi condition) { return lane_bits(condition) != 0; }
 
+// The smallest lane, by halves.
+static inline float min_lanes(vf v) {
+  vi other;
+  for (int i = 0; i < kLanes; ++i) other[i] = i;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    v = min(v, __builtin_shuffle(v, (other + half) & (kLanes - 1)));
+  return v[0];
+}
+
 // exp(x) for x <= 88; 0 below -87.3 (where float32 leaves its normal range); NaN stays NaN.
 static inline vf exp(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer

@@ -28,12 +28,21 @@ static inline vq multiply_low_halves(vq a, vq b) {
 #endif
 }
 
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+constexpr vq kCount = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr vq kFront = {0, 8, 1, 9, 2, 10, 3, 11}, kBack = {4, 12, 5, 13, 6, 14, 7, 15};
+#elif defined(MF_ISA_avx2)
+constexpr vq kCount = {0, 1, 2, 3};
+constexpr vq kFront = {0, 4, 1, 5}, kBack = {2, 6, 3, 7};
+#else
+constexpr vq kCount = {0, 1};
+constexpr vq kFront = {0, 2}, kBack = {1, 3};
+#endif
+
 // The numbers of elements first .. first + kPhiloxDraws - 1 in order; first is a multiple of four.
 static inline void philox_draws(std::uint64_t first, std::uint32_t step, std::uint32_t stream,
                                 std::uint32_t key0, std::uint32_t key1, vu out[2]) {
-  constexpr int kCounters = kLanes / 2;
-  vq group;
-  for (int i = 0; i < kCounters; ++i) group[i] = (first >> 2) + static_cast<std::uint64_t>(i);
+  const vq group = kCount + (first >> 2);
   const vq mul0 = vq{} + 0xD2511F53u, mul1 = vq{} + 0xCD9E8D57u;
   vq x0 = group, x1 = group >> 32, x2 = vq{} + step, x3 = vq{} + stream;
   for (int round = 0; round < 10; ++round) {
@@ -47,15 +56,9 @@ static inline void philox_draws(std::uint64_t first, std::uint32_t step, std::ui
   }
   const vq low = vq{} + 0xffffffffu;
   const vq first_pair = (x0 & low) | (x1 << 32), second_pair = (x2 & low) | (x3 << 32);
-  vq front, back;  // counter 0's pairs, counter 1's pairs, ...
-  for (int i = 0; i < kCounters / 2; ++i) {
-    front[2 * i] = first_pair[i];
-    front[2 * i + 1] = second_pair[i];
-    back[2 * i] = first_pair[kCounters / 2 + i];
-    back[2 * i + 1] = second_pair[kCounters / 2 + i];
-  }
-  out[0] = (vu)front;
-  out[1] = (vu)back;
+  // In order: counter 0's pairs, counter 1's pairs, ...
+  out[0] = (vu)__builtin_shuffle(first_pair, second_pair, kFront);
+  out[1] = (vu)__builtin_shuffle(first_pair, second_pair, kBack);
 }
 #else
 static inline void philox_draws(std::uint64_t first, std::uint32_t step, std::uint32_t stream,

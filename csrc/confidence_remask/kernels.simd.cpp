@@ -101,11 +101,10 @@ struct Race {
         (__builtin_convertvector((vi)(~bits >> 9), vf) + 0.5f) * 1.1920928955078125e-7f;
     if (!any(one_minus_u < w * best)) return;
     const vf ratio = -log(1.0f - one_minus_u) / w;
-    for (int i = 0; i < kLanes; ++i)
-      if (ratio[i] < best) {
-        best = ratio[i];
-        winner = value + i;
-      }
+    const float least = min_lanes(ratio);
+    if (!(least < best)) return;
+    best = least;
+    winner = value + __builtin_ctz(lane_bits(ratio == least));  // the first of equals
   }
 };
 

@@ -39,28 +39,39 @@ void half_tables(const float* bits, int first_channel, int channels, index_t pad
   }
 }
 
+constexpr index_t kDepth =
+    128;  // rows of a table, 16 KiB, that stay in L1 while all slopes pass by
+
+// A tile of the product over `depth` rows of the table, added to what is there unless first.
+inline void product_tile(const float* s, const float* t, index_t depth, bool first, float* out) {
+  vf sum[kTileRows][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+    for (int half = 0; half < 2; ++half)
+      sum[i][half] = first ? vf{} : load(out + i * kLfqGroup + half * kLanes);
+  for (index_t k = 0; k < depth; ++k, s += kLfqTileRows, t += kLfqGroup) {
+    const vf t0 = load(t), t1 = load(t + kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      sum[i][0] += s[i] * t0;
+      sum[i][1] += s[i] * t1;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+    for (int half = 0; half < 2; ++half) store(out + i * kLfqGroup + half * kLanes, sum[i][half]);
+}
+
 // out [rows][32] = slopes [rows / 8][depth][8] times table [depth][32].
 void product(const float* slopes, const float* table, index_t rows, index_t depth, float* out) {
-  for (index_t row = 0; row < rows; row += kLfqTileRows)
-    for (index_t r = 0; r < kLfqTileRows; r += kTileRows)
-      for (index_t c = 0; c < kLfqGroup; c += kTileColumns) {
-        vf sum[kTileRows][2] = {};
-        const float* s = slopes + row * depth + r;
-        const float* t = table + c;
-        for (index_t k = 0; k < depth; ++k, s += kLfqTileRows, t += kLfqGroup) {
-          const vf t0 = load(t), t1 = load(t + kLanes);
-#pragma GCC unroll 8
-          for (int i = 0; i < kTileRows; ++i) {
-            sum[i][0] += s[i] * t0;
-            sum[i][1] += s[i] * t1;
-          }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < kTileRows; ++i) {
-          store(out + (row + r + i) * kLfqGroup + c, sum[i][0]);
-          store(out + (row + r + i) * kLfqGroup + c + kLanes, sum[i][1]);
-        }
-      }
+  for (index_t k = 0; k < depth; k += kDepth) {
+    const index_t part = depth - k < kDepth ? depth - k : kDepth;
+    for (index_t row = 0; row < rows; row += kLfqTileRows)
+      for (index_t r = 0; r < kLfqTileRows; r += kTileRows)
+        for (index_t c = 0; c < kLfqGroup; c += kTileColumns)
+          product_tile(slopes + row * depth + k * kLfqTileRows + r, table + k * kLfqGroup + c, part,
+                       k == 0, out + (row + r) * kLfqGroup + c);
+  }
 }
 
 // grad [channels][32] of the half's logits, from its table and the product; `weights` is used up.
