@@ -128,7 +128,6 @@ def _out_shape(x: Tensor, history: Tensor | None, weight: Tensor, geometry: Geom
     ]
 
 
-@torch.library.register_fake("magvit_fast::causal_conv3d", lib=_native.LIB)
 def _fake_forward(
     x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, *geometry: Any
 ) -> Tensor:
@@ -136,7 +135,9 @@ def _fake_forward(
     return _empty(x, size, _is_channels_last(x))
 
 
-@torch.library.register_fake("magvit_fast::causal_conv3d_input_grad", lib=_native.LIB)
+torch.library.register_fake("magvit_fast::causal_conv3d", _fake_forward, lib=_native.LIB)
+
+
 def _fake_input_grad(
     dy: Tensor, weight: Tensor, x_size: Sequence[int], history_frames: int, channels_last: bool,
     *geometry: Any,
@@ -145,12 +146,21 @@ def _fake_input_grad(
     return _empty(dy, x_size, channels_last), _empty(dy, history_size, channels_last)
 
 
-@torch.library.register_fake("magvit_fast::causal_conv3d_weight_grad", lib=_native.LIB)
+torch.library.register_fake(
+    "magvit_fast::causal_conv3d_input_grad", _fake_input_grad, lib=_native.LIB
+)
+
+
 def _fake_weight_grad(
     x: Tensor, history: Tensor | None, dy: Tensor, kernel: Sequence[int], *geometry: Any
 ) -> Tensor:
     groups = Geometry(*geometry).groups
     return _empty(x, [dy.shape[1], x.shape[1] // groups, *kernel], False)
+
+
+torch.library.register_fake(
+    "magvit_fast::causal_conv3d_weight_grad", _fake_weight_grad, lib=_native.LIB
+)
 
 
 # --- launch -----------------------------------------------------------------------------------

@@ -122,9 +122,11 @@ _native.LIB.define(
 )
 
 
-@torch.library.register_fake("magvit_fast::confidence_remask", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake(logits: Tensor, tokens: Tensor, unknown: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), unknown.new_empty(unknown.shape)
+
+
+torch.library.register_fake("magvit_fast::confidence_remask", _fake, lib=_native.LIB)
 
 
 # --- launch -----------------------------------------------------------------------------------

@@ -62,14 +62,15 @@ _native.LIB.define(
 )
 
 
-@torch.library.register_fake("magvit_fast::factorized_embedding", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake(
     ids: Tensor, weight: Tensor, mask: Tensor | None, mask_embedding: Tensor | None
 ) -> Tensor:
     return weight.new_empty([*ids.shape, weight.shape[2]])
 
 
-@torch.library.register_fake("magvit_fast::factorized_embedding_backward", lib=_native.LIB)  # type: ignore[untyped-decorator]
+torch.library.register_fake("magvit_fast::factorized_embedding", _fake, lib=_native.LIB)
+
+
 def _fake_backward(
     ids: Tensor, mask: Tensor | None, grad: Tensor, groups: int, bits: int
 ) -> tuple[Tensor, Tensor]:
@@ -77,6 +78,11 @@ def _fake_backward(
     return grad.new_empty([groups, 1 << bits, dim]), grad.new_empty(
         [dim if mask is not None else 0]
     )
+
+
+torch.library.register_fake(
+    "magvit_fast::factorized_embedding_backward", _fake_backward, lib=_native.LIB
+)
 
 
 # --- launch -----------------------------------------------------------------------------------

@@ -50,11 +50,13 @@ def _codes_shape(indices: Tensor, num_bits: int, channel_dim: int) -> list[int]:
     return [*indices.shape[:channel_dim], num_bits, *indices.shape[channel_dim:]]
 
 
-@torch.library.register_fake("magvit_fast::lfq_codes", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake(
     indices: Tensor, num_bits: int, channel_dim: int, msb_first: bool, dtype: torch.dtype
 ) -> Tensor:
     return indices.new_empty(_codes_shape(indices, num_bits, channel_dim), dtype=dtype)
+
+
+torch.library.register_fake("magvit_fast::lfq_codes", _fake, lib=_native.LIB)
 
 
 # --- launch -----------------------------------------------------------------------------------

@@ -99,7 +99,6 @@ _native.LIB.define(
 )
 
 
-@torch.library.register_fake("magvit_fast::lfq_entropy_sums", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake_sums(
     z: Tensor, mask: Tensor | None, channel_dim: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -107,14 +106,21 @@ def _fake_sums(
     return z.new_empty([1 << z.shape[channel_dim]], dtype=torch.float32), stats
 
 
-@torch.library.register_fake("magvit_fast::lfq_entropy_codebook", lib=_native.LIB)  # type: ignore[untyped-decorator]
+torch.library.register_fake("magvit_fast::lfq_entropy_sums", _fake_sums, lib=_native.LIB)
+
+
 def _fake_codebook(probs: Tensor, stats: Tensor, eps: float, clamp: bool) -> Tensor:
     return probs.new_empty([])
 
 
-@torch.library.register_fake("magvit_fast::lfq_entropy_backward", lib=_native.LIB)  # type: ignore[untyped-decorator]
+torch.library.register_fake("magvit_fast::lfq_entropy_codebook", _fake_codebook, lib=_native.LIB)
+
+
 def _fake_backward(z: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(z)
+
+
+torch.library.register_fake("magvit_fast::lfq_entropy_backward", _fake_backward, lib=_native.LIB)
 
 
 # --- launch -----------------------------------------------------------------------------------

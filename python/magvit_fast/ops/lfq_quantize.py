@@ -39,10 +39,12 @@ def reference(z: Tensor, channel_dim: int, bit_order: str) -> tuple[Tensor, Tens
 _native.LIB.define("lfq_quantize(Tensor z, int channel_dim, bool msb_first) -> (Tensor, Tensor)")
 
 
-@torch.library.register_fake("magvit_fast::lfq_quantize", lib=_native.LIB)  # type: ignore[untyped-decorator]
 def _fake(z: Tensor, channel_dim: int, msb_first: bool) -> tuple[Tensor, Tensor]:
     indices = z.new_empty(without_axis(z, channel_dim), dtype=torch.int64)
     return torch.empty_like(z), indices
+
+
+torch.library.register_fake("magvit_fast::lfq_quantize", _fake, lib=_native.LIB)
 
 
 # --- launch -----------------------------------------------------------------------------------
