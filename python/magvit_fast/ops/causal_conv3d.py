@@ -290,7 +290,7 @@ class _Forward(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
         if ctx.needs_input_grad[2]:
-            dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)
+            dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)  # type: ignore[no-untyped-call]
         if ctx.needs_input_grad[3]:
             dbias = dy.sum((0, 2, 3, 4))
         return dx, dhistory, dweight, dbias, None
@@ -313,9 +313,9 @@ class _InputGrad(torch.autograd.Function):
         dy, weight = ctx.saved_tensors
         ddy = dweight = None
         if ctx.needs_input_grad[0]:
-            ddy = _Forward.apply(x, history, weight, None, ctx.geometry)
+            ddy = _Forward.apply(x, history, weight, None, ctx.geometry)  # type: ignore[no-untyped-call]
         if ctx.needs_input_grad[1]:
-            dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)
+            dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)  # type: ignore[no-untyped-call]
         return ddy, dweight, None, None, None, None
 
 
@@ -337,7 +337,7 @@ class _WeightGrad(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
         if ctx.needs_input_grad[2]:
-            ddy = _Forward.apply(x, history, weight, None, ctx.geometry)
+            ddy = _Forward.apply(x, history, weight, None, ctx.geometry)  # type: ignore[no-untyped-call]
         return dx, dhistory, ddy, None, None
 
 
@@ -345,7 +345,7 @@ def _input_grad(
     dy: Tensor, weight: Tensor, x: Tensor, history: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor | None]:
     frames = 0 if history is None else history.shape[2]
-    dx, dhistory = _InputGrad.apply(
+    dx, dhistory = _InputGrad.apply(  # type: ignore[no-untyped-call]
         dy, weight, list(x.shape), frames, _is_channels_last(x), geometry
     )
     return dx, dhistory if frames else None
@@ -487,5 +487,5 @@ def causal_conv3d(
     _check_geometry(x, history, weight, geometry)
     obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
     if _native.use_native("causal_conv3d", impl, obstacle):
-        return _Forward.apply(x, history, weight, bias, geometry)  # type: ignore[no-any-return]
+        return _Forward.apply(x, history, weight, bias, geometry)  # type: ignore[no-untyped-call, no-any-return]
     return reference(x, history, weight, bias, geometry)
