@@ -19,7 +19,8 @@ def cpu_model() -> str:
             line.split(":", 1) for line in info.read_text().splitlines() if line.count(":") == 1
         )
         names = {k.strip(): v.strip() for k, v in fields.items()}
-        return f"{names.get('model name', 'unknown')} (family {names.get('cpu family', '?')}, model {names.get('model', '?')})"
+        family, model = names.get("cpu family", "?"), names.get("model", "?")
+        return f"{names.get('model name', 'unknown')} (family {family}, model {model})"
     return platform.processor() or "unknown"
 
 

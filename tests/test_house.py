@@ -136,9 +136,7 @@ def _imports(path: Path) -> set[str]:
             and node.module.startswith("magvit_fast")
         ):
             module = node.module.removeprefix("magvit_fast").lstrip(".")
-            found |= {
-                f"{module}.{a.name}".lstrip(".") if not module else module for a in node.names
-            }
+            found |= {module or a.name for a in node.names}
         elif isinstance(node, ast.Import):
             found |= {
                 a.name.removeprefix("magvit_fast.")

@@ -1,6 +1,6 @@
 // Checks of what reaches a kernel's door; the caller in Python has checked shapes already.
 // Previous hop: bindings.cpp and the entry points of an op.
-// Next hop: pybind11 turns std::invalid_argument into ValueError, std::runtime_error into RuntimeError.
+// Next hop: pybind11 makes ValueError of std::invalid_argument, RuntimeError of runtime_error.
 #pragma once
 
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// The element types of the kernels, by the code that Python passes (magvit_fast._native.DTYPE_CODES).
+// The element types of the kernels, by the codes of magvit_fast._native.DTYPE_CODES.
 // Previous hop: bindings.cpp receives the code.
 // Next hop: kernels switch on it.
 #pragma once

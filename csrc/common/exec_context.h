@@ -28,7 +28,7 @@ inline ExecContext make_context(long long isa, unsigned long long num_threads) {
 }
 #endif
 
-// The twin namespaces cpu and cuda carry the same entry points; one bindings.cpp serves both modules.
+// The twin namespaces cpu and cuda carry the same entry points; one bindings.cpp serves both.
 namespace cpu {}
 namespace cuda {}
 #ifdef MAGVIT_FAST_CUDA_MODULE

@@ -51,7 +51,8 @@ inline float from_float<float>(float x) {
 template <>
 inline bf16_t from_float<bf16_t>(float x) {
   const std::uint32_t u = float_to_bits(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((u >> 16) | 0x40u)};  // NaN
+  if ((u & 0x7fffffffu) > 0x7f800000u)
+    return {static_cast<std::uint16_t>((u >> 16) | 0x40u)};  // NaN
   return {static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 template <>
@@ -59,8 +60,9 @@ inline f16_t from_float<f16_t>(float x) {
   const std::uint32_t u = float_to_bits(x);
   const std::uint32_t sign = (u >> 16) & 0x8000u;
   const std::uint32_t magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};   // NaN
-  if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // rounds to inf
+  if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};  // NaN
+  if (magnitude >= 0x477ff000u)
+    return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // rounds to inf
   if (magnitude < 0x38800000u) {  // subnormal result: let the float adder do the rounding
     const float shifted = bits_to_float(magnitude) + 0.5f;
     return {static_cast<std::uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u))};

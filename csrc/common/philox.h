@@ -30,12 +30,13 @@ MF_HOST_DEVICE inline Philox4 philox4x32(Philox4 counter, std::uint32_t key0, st
   return counter;
 }
 
-// The counter of element `index` of stream `stream` (0: values, 1: confidence) at decoding step `step`;
-// four neighbors share one counter, lane = index % 4.
+// The counter of element `index` of stream `stream` (0: values, 1: confidence) at decoding step
+// `step`; four neighbors share one counter, lane = index % 4.
 MF_HOST_DEVICE inline Philox4 philox_counter(std::uint64_t index, std::uint32_t step,
                                              std::uint32_t stream) {
   const std::uint64_t group = index >> 2;
-  return {{static_cast<std::uint32_t>(group), static_cast<std::uint32_t>(group >> 32), step, stream}};
+  return {
+      {static_cast<std::uint32_t>(group), static_cast<std::uint32_t>(group >> 32), step, stream}};
 }
 
 // Uniform in (0, 1), exact in float32: (k + 1/2) * 2^-23 with the top 23 bits k.

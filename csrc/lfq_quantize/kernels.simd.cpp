@@ -60,9 +60,12 @@ void run(const LfqQuantizeParams& p, index_t begin, index_t end) {
 
 void lfq_quantize_range(const LfqQuantizeParams& params, index_t begin, index_t end) {
   switch (params.dtype) {
-    case DType::f32: return run<float>(params, begin, end);
-    case DType::bf16: return run<bf16_t>(params, begin, end);
-    case DType::f16: return run<f16_t>(params, begin, end);
+    case DType::f32:
+      return run<float>(params, begin, end);
+    case DType::bf16:
+      return run<bf16_t>(params, begin, end);
+    case DType::f16:
+      return run<f16_t>(params, begin, end);
   }
 }
 

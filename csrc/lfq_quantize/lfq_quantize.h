@@ -13,13 +13,13 @@
 namespace magvit_fast {
 
 struct LfqQuantizeParams {
-  const void* z;           // [outer, channels, inner], strides below, in elements
-  void* quantized;         // dtype and strides of z
-  std::int64_t* indices;   // [outer, inner], contiguous
+  const void* z;          // [outer, channels, inner], strides below, in elements
+  void* quantized;        // dtype and strides of z
+  std::int64_t* indices;  // [outer, inner], contiguous
   index_t outer, channels, inner;
   index_t outer_stride, channel_stride, inner_stride;
   DType dtype;
-  bool msb_first;          // channel 0 is the most significant bit (else the least)
+  bool msb_first;  // channel 0 is the most significant bit (else the least)
 };
 
 // The bit position of channel c.

@@ -1,9 +1,9 @@
 // Facts about the CUDA build and its devices; creates no context by being loaded.
 // Previous hop: module.cpp of _core_cuda.
 // Next hop: the CUDA runtime, linked statically.
-#include "common/cuda/device.h"
-
 #include <cuda_runtime.h>
+
+#include "common/cuda/device.h"
 
 namespace magvit_fast::cuda {
 

@@ -1,5 +1,6 @@
-// Sums and maxima over a warp and over a block, in an order that depends on nothing but the thread
-// count. Previous hop: lfq_entropy, confidence_remask. Next hop: none.
+// Sums and maxima over a warp and a block, in an order that depends on the thread count alone.
+// Previous hop: lfq_entropy, confidence_remask.
+// Next hop: none.
 #pragma once
 
 #include <cuda_runtime.h>
