@@ -260,6 +260,21 @@ def _check_report(report: dict[str, Any], out: Path, models: Any) -> None:
     assert (out / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_demo_of_the_shipped_models(cli: Callable, tmp_path: Path) -> None:
+    """What `make demo` promises: 26 dB of reconstruction, 1.5 dB over copying the last frame."""
+    pytest.importorskip("matplotlib")
+    result = cli("demo", "--out", tmp_path, "--repeats", "1", "--json")
+    assert result.status == 0, result.err
+    report = json.loads(result.out)
+    assert (report["frames"], report["given_frames"]) == (17, 5)
+    assert report["psnr_reconstruction"] >= 26.0
+    assert report["psnr_prediction"] >= report["psnr_copy_last_frame"] + 1.5
+    tokens, again = tmp_path / "tokens.safetensors", tmp_path / "again.mp4"
+    assert cli("detokenize", tokens, "-o", again, "--crf", "0").status == 0
+    difference = read_video(again) - read_video(tmp_path / "reconstruction.mp4")
+    assert difference.abs().mean() < 0.02  # two encodings of the same frames
+
+
 def test_demo_summary_for_people(cli: Callable, models: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = cli("demo", "--out", tmp_path, *models.both, "--repeats", "1", "--steps", "2")
