@@ -13,36 +13,15 @@ namespace magvit_fast {
 namespace MF_ISA {
 namespace {
 
-constexpr index_t kStreamBytes = index_t{16} << 20;  // results larger than this bypass the caches
 constexpr index_t kPrefetchRows = 6;
 
 template <class T>
-inline void stream(T* p, vf v) {
-  store(p, v);
-}
-#if defined(__x86_64__)
-template <>
-inline void stream<float>(float* p, vf v) {
-#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
-  _mm512_stream_ps(p, (__m512)v);
-#elif defined(MF_ISA_avx2)
-  _mm256_stream_ps(p, (__m256)v);
-#else
-  _mm_stream_ps(p, (__m128)v);
-#endif
-}
-#endif
-
-template <class T, bool kStream>
 inline void sum_rows(T* out, const T* const* rows, int count, index_t dim) {
   index_t c = 0;
   for (; c + kLanes <= dim; c += kLanes) {
     vf sum = load(rows[0] + c);
     for (int g = 1; g < count; ++g) sum += load(rows[g] + c);
-    if (kStream)
-      stream(out + c, sum);
-    else
-      store(out + c, sum);
+    store(out + c, sum);
   }
   if (c < dim) {
     const int rest = static_cast<int>(dim - c);
@@ -56,10 +35,6 @@ template <class T>
 index_t forward(const FactorizedEmbeddingForwardParams& p, index_t begin, index_t end) {
   const index_t dim = p.in.dim, table = dim << p.in.bits;
   T* out = static_cast<T*>(p.out);
-  const index_t row_bytes = dim * static_cast<index_t>(sizeof(T));
-  const bool aligned = reinterpret_cast<std::uintptr_t>(out) % sizeof(vf) == 0 &&
-                       row_bytes % static_cast<index_t>(sizeof(vf)) == 0;
-  const bool bypass = sizeof(T) == 4 && aligned && p.in.positions * row_bytes > kStreamBytes;
   index_t first_bad = -1;
   for (index_t n = begin; n < end; ++n) {
     const T* rows[kFactorizedEmbeddingMaxGroups];
@@ -77,14 +52,8 @@ index_t forward(const FactorizedEmbeddingForwardParams& p, index_t begin, index_
         rows[g] = static_cast<const T*>(p.weight) + g * table +
                   sub_token(p.in.ids[n], g, p.in.bits) * dim;
     }
-    if (bypass)
-      sum_rows<T, true>(to, rows, count, dim);
-    else
-      sum_rows<T, false>(to, rows, count, dim);
+    sum_rows(to, rows, count, dim);
   }
-#if defined(__x86_64__)
-  if (bypass) _mm_sfence();
-#endif
   return first_bad;
 }
 
