@@ -21,7 +21,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -322,7 +322,7 @@ def polish_decoder(
     options = recipe.polish
     tokenizer.train().encoder.requires_grad_(False)
     ema = Ema(tokenizer, options.ema_decay)
-    parameters: list[Tensor] = list(tokenizer.decoder.parameters())
+    parameters = list(tokenizer.decoder.parameters())
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, betas=options.betas)
     grid, unknown = transformer.config.grid, ~given_positions(transformer)
     size, log = transformer.config.subtoken_size, Log("decoder", options.steps)
@@ -396,10 +396,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def update(
-    optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[Tensor], clip_norm: float
+    optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Sequence[Tensor], clip_norm: float
 ) -> None:
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()
 
