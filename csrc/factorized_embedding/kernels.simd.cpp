@@ -1,11 +1,12 @@
-// factorized_embedding, one source per instruction set: sums of rows, and sums of gradients per
-// row. Previous hop: cpu.cpp. Next hop: none.
+// factorized_embedding, one source per instruction set: sums of rows, and of gradients per row.
+// Previous hop: cpu.cpp.
+// Next hop: none.
 //
-// Bound by memory. Forward writes the result once, past the caches where it is larger than they are
-// (a plain store would first read the line it overwrites). Backward reads the gradient once for all
-// sub-tables together: sorting the positions by row would keep the sums in registers, but read the
-// gradient once a sub-table, and it is the gradient that comes from memory while the sums stay in
-// L2.
+// Bound by memory. Forward writes the result once, by plain stores: stores past the caches were 1.2
+// times slower on a fresh 42 MB result, whose pages the system has just zeroed in the cache.
+// Backward reads the gradient once for all sub-tables together: sorting the positions by row would
+// keep the sums in registers, but read the gradient once a sub-table, and it is the gradient that
+// comes from memory while the sums stay in L2.
 #include "common/simd.h"
 #include "factorized_embedding/factorized_embedding.h"
 
