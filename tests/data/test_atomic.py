@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -9,11 +10,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from magvit_fast.data import atomic
 from magvit_fast.data.atomic import (
     atomic_directory,
     atomic_path,
@@ -154,6 +158,43 @@ def test_a_kill_in_the_middle_keeps_the_old_file(tmp_path: Path) -> None:
 def test_directory_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(FileWriteError, match="it is a directory"), atomic_path(tmp_path):
         pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("kind", [atomic_path, atomic_directory])
+def test_an_interrupt_at_any_line_leaves_nothing(kind: Any, tmp_path: Path) -> None:
+    """KeyboardInterrupt is raised before each line of atomic.py in turn."""
+    code = atomic.__file__
+
+    def run(at: int) -> bool:
+        """Whether line number `at` of those run was reached, and interrupted."""
+        count = 0
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename != code:
+                return None
+            if event == "line":
+                count += 1
+                if count == at:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(ZeroDivisionError), kind(tmp_path / "out"):
+                raise ZeroDivisionError  # the way out that has something to remove
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    at = 1
+    while run(at):
+        assert _names(tmp_path) == [], f"interrupted at line {at} of those run"
+        at += 1
+    assert at > 10
 
 
 def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:

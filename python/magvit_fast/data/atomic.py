@@ -11,8 +11,8 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,28 +95,33 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.is_symlink():
         path = path.resolve()
     parent = _parent(path)
+    # The name is known before the file exists, and two blocks remove it: wherever an interrupt falls,
+    # one of them is still to come.
+    temporary = parent / f".{path.stem[:64]}.{secrets.token_hex(8)}.tmp{path.suffix}"
     try:
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{path.stem[:64]}.", suffix=f".tmp{path.suffix}", dir=parent
-        )
-        os.close(descriptor)
+        try:
+            _create(path, temporary)
+            yield temporary
+            _fsync(temporary)
+            temporary.chmod(0o666 & ~_umask())  # made private; users expect ordinary files
+            os.replace(temporary, path)
+            _fsync_directory(parent)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            write_error = _as_write_error(path, error)
+            if write_error is not None:
+                raise write_error from error
+            raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path, temporary: Path) -> None:
+    """An empty private file, which must not exist yet."""
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError as error:
         raise FileWriteError.of(path, error.strerror or str(error)) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.chmod(
-            0o666 & ~_umask()
-        )  # mkstemp makes private files; users expect ordinary ones
-        os.replace(temporary, path)
-        _fsync_directory(parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        write_error = _as_write_error(path, error)
-        if write_error is not None:
-            raise write_error from error
-        raise
 
 
 class _Rehearsed(Exception):
@@ -160,24 +165,33 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise FileWriteError.of(path, "a file of that name is in the way")
     parent = _parent(path)
+    temporary = parent / f".{path.name[:64]}.{secrets.token_hex(8)}.tmp"
+    try:  # two blocks, as in atomic_path
+        try:
+            _create_directory(path, temporary)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            temporary.chmod(0o777 & ~_umask())
+            _replace_directory(temporary, path)
+            _fsync_directory(parent)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            write_error = _as_write_error(path, error)
+            if write_error is not None:
+                raise write_error from error
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _create_directory(path: Path, temporary: Path) -> None:
+    """An empty private directory, which must not exist yet."""
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=parent))
+        temporary.mkdir(mode=0o700)
     except OSError as error:
         raise FileWriteError.of(path, error.strerror or str(error)) from error
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        temporary.chmod(0o777 & ~_umask())
-        _replace_directory(temporary, path)
-        _fsync_directory(parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_error = _as_write_error(path, error)
-        if write_error is not None:
-            raise write_error from error
-        raise
 
 
 def _replace_directory(new: Path, path: Path) -> None:
