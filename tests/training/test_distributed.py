@@ -25,6 +25,12 @@ ACCELERATE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Where the variable is unset accelerate sets it, with a warning; torchrun sets it to 1 as well."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def fork(job: str, folder: Path) -> None:
     """The worker in two processes forked from this one (which saves importing torch again)."""
     from accelerate import debug_launcher

@@ -5,7 +5,6 @@ Next hop: `_core.lfq_entropy_sums`, `_codebook`, `_backward` (csrc/lfq_entropy).
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -318,8 +317,5 @@ def lfq_entropy(
         scale = 4.0 * inv_temperature
         together = sync and is_distributed()
         return _Entropy.apply(z, mask, axis, scale, eps, log_guard == "clamp", together)  # type: ignore[no-untyped-call, no-any-return]
-    without_autocast: contextlib.AbstractContextManager[Any] = torch.autocast(
-        z.device.type, enabled=False
-    )
-    with without_autocast:  # the matrix product is exact only in full precision
+    with _checks.without_autocast(z):  # the matrix product
         return reference(z, axis, inv_temperature, eps, log_guard, mask, sync)

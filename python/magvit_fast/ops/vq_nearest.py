@@ -57,5 +57,5 @@ def vq_nearest(z: Tensor, codebook: Tensor, *, channel_dim: int = 1, impl: str =
             f"{axis}, got {tuple(codebook.shape)}"
         )
     _native.use_native("vq_nearest", impl, _NO_KERNEL)
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.no_grad(), _checks.without_autocast(z):
         return reference(z.detach(), codebook.detach(), axis)
