@@ -38,6 +38,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed
+	$(PIP) vector-quantize-pytorch
 	$(BIN)/python -m benchmarks.run
 
 gpu:

@@ -39,9 +39,11 @@ def _native(
     stride = p.get("stride", 1)
     if work == "forward":
         return lambda: mf.causal_conv3d(x, w, b, stride=stride, impl="native")
-    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    # Only the wanted gradient is asked for: a torch.autograd.Function cannot see that autograd.grad
+    # will drop the other one, while PyTorch's own convolution can.
+    wanted = (x if work == "input_grad" else w).detach().requires_grad_()
+    x, w = (wanted, w) if work == "input_grad" else (x, wanted)
     y = mf.causal_conv3d(x, w, b, stride=stride, impl="native")
-    wanted = x if work == "input_grad" else w
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 

@@ -8,6 +8,7 @@ The latter also returns quantized codes and adds a commitment loss, which is sma
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -52,6 +53,10 @@ def test_lfq_step(benchmark: Any, problem: dict[str, Any], impl: str) -> None:
     z.requires_grad_()
     benchmark.group = f"lfq_step {problem['name']} float32"
     benchmark.extra_info["impl"] = impl
+    if impl == "native" and "target" in problem:
+        benchmark.extra_info["target"] = problem["target"]
+        if find_spec("vector_quantize_pytorch"):
+            benchmark.extra_info["target_against"] = "vector_quantize_pytorch"
     if impl == "vector_quantize_pytorch":
         benchmark.pedantic(_vector_quantize_pytorch(z), rounds=1, iterations=1)
     else:
