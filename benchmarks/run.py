@@ -29,7 +29,8 @@ def measure(only: str | None, raw: Path) -> None:
     command = [
         sys.executable, "-m", "pytest", str(HERE), "-q", "-m", "bench", "-o", "python_files=bench_*.py",
         "--benchmark-enable", "--benchmark-only", "--benchmark-disable-gc", "--benchmark-warmup=on",
-        "--benchmark-warmup-iterations=1", "--benchmark-min-rounds=5", "--benchmark-max-time=0.4", "--benchmark-columns=median,iqr,rounds",
+        "--benchmark-warmup-iterations=1", "--benchmark-min-rounds=5", "--benchmark-max-time=0.4",
+        "--benchmark-columns=median,iqr,rounds",
         f"--benchmark-json={raw}",
     ]  # fmt: skip
     if only:
