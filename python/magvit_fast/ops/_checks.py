@@ -98,7 +98,7 @@ def values_can_be_read(x: Tensor) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for a matrix-product-like op on x's device, or None."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if x.dtype == torch.float64 or x.is_meta:  # meta: the device type without autocast
         return None
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -107,10 +107,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Full precision for a reference that is exact only there. Devices without autocast (meta) need nothing."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):
+    if x.is_meta:
         return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def no_bad_position(device: torch.device) -> Tensor:
