@@ -148,7 +148,7 @@ def _measure_way(
 ) -> dict[str, Any]:
     try:
         timing = gpu_timing.measure(call, sets, seconds=seconds)
-    except Exception as error:  # recorded, not fatal: the session goes on with the next way
+    except Exception as error:  # recorded, not fatal: the measurement goes on with the next way
         torch.cuda.synchronize()
         return {"error": f"{type(error).__name__}: {error}"[:500], "informative": informative}
     return {**vars(timing), "informative": informative}

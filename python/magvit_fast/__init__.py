@@ -1,4 +1,4 @@
-"""magvit_fast: masked video generation (MAGVIT, MAGVIT-v2, MaskViT) on compiled kernels."""
+"""magvit_fast: masked video generation (MAGVIT, MAGVIT-v2) on compiled kernels."""
 
 from __future__ import annotations
 
