@@ -125,14 +125,13 @@ def save_tokens(
         tensors["class_ids"] = class_ids.to("cpu", torch.int64).contiguous()
     if any(len(t) != len(ids) for t in tensors.values()):
         raise ValueError(f"class_ids, condition_ids: expected {len(ids)} entries, as many as ids")
-    checksum = _checksum(tensors)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "header": json.dumps(asdict(header)),
-        "checksum": checksum,
         "job": job,
     }
+    checksum = metadata["checksum"] = _checksum(metadata, tensors)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
     return checksum
@@ -158,7 +157,7 @@ def load_tokens(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    if _checksum(tensors) != metadata["checksum"]:
+    if _checksum(metadata, tensors) != metadata["checksum"]:
         raise _damaged(path, "its checksum does not match")
     ids = tensors.get("ids")
     if ids is None or tuple(ids.shape[1:]) != header.grid:
@@ -178,8 +177,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[TokenHeader, dict[str, st
         raise _damaged(path, error) from error
     if metadata.get("format") != FORMAT:
         raise FileFormatError(
-            f"{path}: is a safetensors file but holds no tokens of this project; "
-            "give a file written by `magvit-fast tokenize`"
+            f"{path}: is a safetensors file but holds no tokens of this project (or is damaged); "
+            "tokenize the videos with `magvit-fast tokenize`"
         )
     if metadata.get("version") != str(VERSION):
         raise FileFormatError(
@@ -314,8 +313,12 @@ def _packed(name: str, ids: Tensor, header: TokenHeader) -> Tensor:
     return ids.to("cpu", id_dtype(header.num_bits)).contiguous()
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything a token file says: its metadata but the checksum, and its tensors."""
     digest = hashlib.sha256()
+    for name, text in sorted(metadata.items()):
+        if name != "checksum":
+            digest.update(f"{name}={text};".encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.numpy().tobytes())
