@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from magvit_fast.decoding._inputs import (
+    Tokenizer,
+    check_devices,
+    checked_classes,
+    checked_video,
+    evaluation,
+)
 from magvit_fast.decoding.masked import MaskedDecoding, Noise, Predict, decode_masked
 from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models.masked_transformer import MaskedTransformer
 from magvit_fast.ops._checks import check_int, check_number
 from magvit_fast.tasks.registry import ClipGeometry, FrameTask, Task, get_task
-
-
-class Tokenizer(Protocol):
-    """What generation needs of a video tokenizer (MagvitV2Tokenizer has it).
-
-    config.num_bits: bits of an id; config.time_stride, config.space_stride: frames and pixels per
-    slot. A tokenizer is causal (1 + s*k frames) unless config.causal says otherwise.
-    """
-
-    config: Any
-
-    def encode(self, video: Tensor) -> Tensor: ...
-
-    def decode(self, ids: Tensor) -> Tensor: ...
 
 
 def clip_geometry(tokenizer: Tokenizer, transformer: MaskedTransformer) -> ClipGeometry:
@@ -113,9 +104,9 @@ def generate(
         top_p=top_p,
         fixed_condition=fixed_condition,
     )
-    video = _checked_video(chosen, geometry, video)
-    classes = _checked_classes(chosen, transformer, class_id, None if video is None else len(video))
-    _check_devices(tokenizer, transformer, video)
+    video = checked_video(chosen, geometry, video)
+    classes = checked_classes(chosen, transformer, class_id, None if video is None else len(video))
+    check_devices(tokenizer, transformer, video)
     windows, given = _count_windows(chosen, geometry, frames)
     if noise is not None and windows > 1:
         raise ValueError(f"noise: expected None for a result of {windows} clips, got {len(noise)}")
@@ -131,7 +122,7 @@ def generate(
             noise=noise,
             first_step=window * steps,
         )
-        with _evaluation(tokenizer):
+        with evaluation(tokenizer):
             clip = tokenizer.decode(ids)
         clips.append(clip if window == 0 else clip[:, :, given:])
         video = clip[:, :, clip.shape[2] - given :]
@@ -158,7 +149,7 @@ def generate_tokens(
     geometry = clip_geometry(tokenizer, transformer)
     device = transformer.position_embedding.device
     region = task.token_mask(geometry).flatten().to(device)
-    with _evaluation(tokenizer, transformer):
+    with evaluation(tokenizer, transformer):
         if video is not None and task.has_condition:
             ids = tokenizer.encode(task.condition_video(video, geometry))
             if tuple(ids.shape[1:]) != geometry.grid:
@@ -204,78 +195,6 @@ def _networks(
     return conditional, unconditional
 
 
-def _checked_video(task: Task, geometry: ClipGeometry, video: Tensor | None) -> Tensor | None:
-    if not task.has_condition:
-        if video is not None:
-            raise ValueError(f"video: expected None, task {task.name} takes no video")
-        return None
-    if video is None:
-        raise ValueError(
-            f"video: task {task.name} needs one of at least {task.min_frames(geometry)} frames of "
-            f"{geometry.height}x{geometry.width}, got None"
-        )
-    if not isinstance(video, Tensor) or not video.is_floating_point():
-        kind = video.dtype if isinstance(video, Tensor) else type(video).__name__
-        raise TypeError(f"video: expected a floating-point Tensor, got {kind}")
-    size = (geometry.height, geometry.width)
-    if video.dim() == 5 and tuple(video.shape[3:]) != size:
-        raise ValueError(
-            f"video: expected {size[0]}x{size[1]} pixels (the transformer's {geometry.grid[1]}x"
-            f"{geometry.grid[2]} tokens through this tokenizer), got "
-            f"{video.shape[3]}x{video.shape[4]}"
-        )
-    task.check_video(video, geometry)
-    if video.numel():
-        low, high = (float(v) for v in video.detach().aminmax())
-        if not (low >= 0.0 and high <= 1.0):  # not: NaN fails too
-            raise ValueError(f"video: expected values in [0, 1], got {low} to {high}")
-    return video
-
-
-def _checked_classes(
-    task: Task,
-    transformer: MaskedTransformer,
-    class_id: int | Sequence[int] | Tensor | None,
-    batch: int | None,
-) -> Tensor | None:
-    count = transformer.config.num_classes
-    if not task.class_conditional:
-        if class_id is not None:
-            raise ValueError(f"class_id: expected None, task {task.name} takes no class")
-        return None
-    if count == 0:
-        raise ValueError(f"transformer: it has no classes, but task {task.name} needs one")
-    if class_id is None:
-        raise ValueError(f"class_id: task {task.name} needs one in 0..{count - 1}, got None")
-    try:
-        classes = torch.as_tensor(class_id).reshape(-1).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"class_id: expected an int or ints, got {class_id!r}") from error
-    if classes.is_floating_point() or classes.dtype == torch.bool:
-        raise TypeError(f"class_id: expected ints, got {classes.dtype}")
-    if not isinstance(class_id, int) and batch not in (None, len(classes)):
-        raise ValueError(f"class_id: expected one id or {batch}, got {len(classes)}")
-    if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < count:
-        raise ValueError(f"class_id: expected ids in 0..{count - 1}, got {classes.tolist()}")
-    if isinstance(class_id, int) and batch is not None:
-        classes = classes.expand(batch)
-    return classes.to(transformer.position_embedding.device, torch.int64)
-
-
-def _check_devices(
-    tokenizer: Tokenizer, transformer: MaskedTransformer, video: Tensor | None
-) -> None:
-    device = transformer.position_embedding.device
-    if isinstance(tokenizer, nn.Module):
-        other = next(tokenizer.parameters()).device
-        if other != device:
-            raise ValueError(
-                f"tokenizer: expected device {device} (the transformer's), got {other}"
-            )
-    if video is not None and video.device != device:
-        raise ValueError(f"video: expected device {device} (the models'), got {video.device}")
-
-
 def _count_windows(task: Task, geometry: ClipGeometry, frames: int | None) -> tuple[int, int]:
     """How many clips make `frames` frames, and by how many frames they overlap."""
     if frames is not None:
@@ -289,18 +208,3 @@ def _count_windows(task: Task, geometry: ClipGeometry, frames: int | None) -> tu
         )
     given = task.num_first(geometry)
     return 1 + math.ceil((frames - geometry.frames) / (geometry.frames - given)), given
-
-
-@contextmanager
-def _evaluation(*models: object) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; every module's own mode again after it."""
-    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
-    before = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in zip(modules, before, strict=True):
-            module.training = mode
