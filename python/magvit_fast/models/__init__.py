@@ -6,6 +6,7 @@ from magvit_fast.models.discriminator import Discriminator3D, DiscriminatorConfi
 from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
 from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer, TokenizerOutput
 from magvit_fast.models.masked_transformer import MaskedTransformer, MaskedTransformerConfig
+from magvit_fast.models.maskvit import MaskViTConfig, MaskViTTransformer
 from magvit_fast.models.tokenizers import load_tokenizer
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "MagvitTokenizer",
     "MagvitV2Config",
     "MagvitV2Tokenizer",
+    "MaskViTConfig",
+    "MaskViTTransformer",
     "MaskedTransformer",
     "MaskedTransformerConfig",
     "TokenizerOutput",

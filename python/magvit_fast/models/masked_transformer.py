@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from magvit_fast.models.checkpoint import PretrainedMixin
 from magvit_fast.nn.embedding import TokenEmbedding
-from magvit_fast.nn.transformer import PostNormLayer
+from magvit_fast.nn.transformer import PostNormLayer, init_transformer_
 from magvit_fast.ops._checks import check_tensor
 
 
@@ -141,14 +141,7 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
 
     def reset_parameters(self) -> None:
         """Matrices, embeddings: normal of init_std cut at two deviations; biases 0; LN 1, 0."""
-        std = self.config.init_std
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1 or name.endswith("mask_embedding"):
-                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
-            elif name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            else:
-                nn.init.zeros_(parameter)
+        init_transformer_(self, self.config.init_std)
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recompute each layer's activations in the backward pass instead of keeping them."""

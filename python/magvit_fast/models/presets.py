@@ -121,6 +121,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "subtoken_size": 256,
         },
     },
+    "MaskViTTransformer": {
+        # MaskViT: 16 frames of 16x16 tokens. The matrices of the layers hold 85M and 151M weights; the
+        # totals that the paper prints (189M and 255M for BAIR) probably include its VQ-GAN.
+        "maskvit-base": {"hidden_size": 768, "mlp_size": 3072},
+        "maskvit-large": {"hidden_size": 1024, "mlp_size": 4096},
+    },
     "Discriminator3D": {
         # The published one for 17x128x128: 61,341,569 parameters.
         "magvit-v2-base": {
