@@ -186,7 +186,11 @@ def test_injected_noise(tokenizer: MagvitV2Tokenizer, transformer: MaskedTransfo
         ({"seed": 0.5}, TypeError, "seed: expected an int, got float 0.5"),
         ({"guidance": "much"}, TypeError, "guidance: expected a number, got str 'much'"),
         ({"temperature": None}, TypeError, "temperature: expected a number, got NoneType"),
-        ({"schedule": "linear"}, ValueError, "schedule: expected one of uniform, cosine"),
+        (
+            {"schedule": "sawtooth"},
+            ValueError,
+            r"schedule: expected one of uniform \(linear\), cosine",
+        ),
         ({"guidance": -1.0}, ValueError, "guidance: expected a scale of 0 or more"),
         ({"choice_temperature": -1.0}, ValueError, "choice_temperature: expected"),
         (

@@ -90,8 +90,10 @@ def test_guidance_schedules() -> None:
 
 
 def test_bad_input() -> None:
-    for bad in ("linear", "powx", "pow", "poly:", "poly:1,b", "pow1,2"):
-        with pytest.raises(ValueError, match="schedule: expected one of uniform, cosine"):
+    for bad in ("sawtooth", "powx", "pow", "poly:", "poly:1,b", "pow1,2"):
+        with pytest.raises(
+            ValueError, match=r"schedule: expected one of uniform \(linear\), cosine"
+        ):
             mask_fraction(bad, 0.5, 16)
     with pytest.raises(ValueError, match="progress"):
         mask_fraction("cosine", 1.5, 16)

@@ -9,13 +9,16 @@ from magvit_fast.decoding.masked import (
     decode_masked,
     masked_decoding_steps,
 )
+from magvit_fast.decoding.maskvit import MaskViTDecoding, decode_frames
 from magvit_fast.decoding.schedules import Guidance, mask_fraction, unknown_counts
 
 __all__ = [
     "DecodingState",
     "Guidance",
+    "MaskViTDecoding",
     "MaskedDecoding",
     "clip_geometry",
+    "decode_frames",
     "decode_masked",
     "generate",
     "generate_tokens",

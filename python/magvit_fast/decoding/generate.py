@@ -15,7 +15,8 @@ from magvit_fast.decoding._inputs import (
     checked_video,
     evaluation,
 )
-from magvit_fast.decoding.masked import MaskedDecoding, Noise, Predict, decode_masked
+from magvit_fast.decoding.confidence import Noise
+from magvit_fast.decoding.masked import MaskedDecoding, Predict, decode_masked
 from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models.masked_transformer import MaskedTransformer
 from magvit_fast.ops._checks import check_int, check_number

@@ -14,14 +14,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from magvit_fast import ops
+from magvit_fast.decoding.confidence import (
+    Confidence,
+    Noise,
+    check_confidence,
+    choice_noise,
+    remask,
+)
 from magvit_fast.decoding.schedules import Guidance, unknown_counts
 from magvit_fast.ops._checks import check_int, check_number
-from magvit_fast.ops.confidence_remask import CHOICE_STREAM, VALUE_STREAM, gumbel
+from magvit_fast.ops.confidence_remask import VALUE_STREAM, gumbel
 
 # (tokens int64 [B, N], mask bool [B, N]) -> logits [B, N, G, V]
 Predict = Callable[[Tensor, Tensor], Tensor]
-Noise = tuple[Tensor, Tensor]  # Gumbel [B, N, G, V] for the values, Gumbel [B, N] for the choice
 _NEVER = -1e30  # added to a logit: never the largest, and finite
 
 
@@ -35,8 +40,11 @@ class MaskedDecoding:
     steps, schedule: see schedules.unknown_counts; a tuple of ints in place of a name gives the
         number of unknown tokens after each step by hand.
     temperature: of the sampled values (0 = the most likely one).
-    choice_temperature: T of the Gumbel noise on the log-confidence, annealed as
+    choice_temperature: T of the Gumbel noise on the confidence, annealed as
         T * (1 - (k + 1) / steps).
+    confidence: what the noise is added to: "log_probability" (the released code) or "probability"
+        (the prose; over a range of 1 the same noise hides nearly all of it). Without noise they
+        order alike.
     seed: keys the counter-based random numbers; the same seed gives the same tokens on one device.
     top_k: values are drawn from the k most likely ones alone (0: from all); top_p: from the
         smallest set of the most likely ones that holds this probability (0: from all); not both.
@@ -54,12 +62,14 @@ class MaskedDecoding:
     top_k: int = 0
     top_p: float = 0.0
     fixed_condition: bool = False
+    confidence: Confidence = "log_probability"
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, least=1)
         check_int("seed", self.seed, least=0)
         check_int("top_k", self.top_k, least=0)
         self.counts(1)  # raises for a bad schedule
+        check_confidence(self.confidence)
         for name in ("temperature", "choice_temperature", "top_p"):
             check_number(name, getattr(self, name), least=0.0)
         if self.top_p > 1:
@@ -119,11 +129,12 @@ def masked_decoding_steps(
         scale = settings.guidance.at(progress)
         if predict_unconditional is not None and scale > 0:
             logits = logits + scale * (logits - predict_unconditional(tokens, unknown))
-        tokens, unknown = ops.confidence_remask(
+        tokens, unknown = remask(
             logits,
             tokens,
             unknown,
             num_unknown=count,
+            confidence=settings.confidence,
             temperature=settings.temperature,
             choice_temperature=settings.choice_temperature * (1.0 - progress),
             seed=settings.seed,
@@ -160,10 +171,9 @@ def _step_noise(
     if noise is None:
         # the numbers that the op would draw
         values = torch.arange(logits.numel(), device=logits.device).view(logits.shape)
-        choices = torch.arange(logits[..., 0, 0].numel(), device=logits.device)
         noise = (
             gumbel(values, step, VALUE_STREAM, settings.seed),
-            gumbel(choices.view(logits.shape[:2]), step, CHOICE_STREAM, settings.seed),
+            choice_noise(logits.shape[:2], logits.device, settings.seed, step),
         )
     kept = likely_values(logits.float(), settings.top_k, settings.top_p)
     return noise[0].masked_fill(~kept, _NEVER), noise[1]

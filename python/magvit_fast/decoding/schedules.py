@@ -1,7 +1,8 @@
 """Schedules of masked decoding: how many tokens stay unknown, how strong guidance is.
 
-Sources: MAGVIT, algorithm 1 and the released code (mask schedules, clipping); MDT (guidance that
-grows over the steps), which MAGVIT-v2 cites. Everything is plain arithmetic in float64 on the host.
+Sources: MAGVIT, algorithm 1 and the released code (mask schedules, clipping); MaskViT (its own
+counts and names); MDT (guidance that grows over the steps), which MAGVIT-v2 cites. Everything is
+plain arithmetic in float64 on the host.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-NAMES = "uniform, cosine, log, exp, pow<exponent>, poly:<coefficients>"
+# MaskViT's names. Concave ones decode best there (cosine, square, cubic), square_root worst.
+SYNONYMS = {"linear": "uniform", "square": "pow2", "cubic": "pow3", "square_root": "pow0.5"}
+NAMES = (
+    "uniform (linear), cosine, log, exp, pow<exponent> (square, cubic, square_root), "
+    "poly:<coefficients>"
+)
 
 
 def mask_fraction(schedule: str, progress: float, num_tokens: int) -> float:
@@ -19,13 +25,14 @@ def mask_fraction(schedule: str, progress: float, num_tokens: int) -> float:
     With r the progress and N the number of tokens:
         uniform 1 - r | pow<a> 1 - r**a | cosine cos(pi r / 2) | log -log2(r) / log2(N)
         exp 1 - 2**(-log2(N) (1 - r)) | poly:<c0>,<c1>,... c0 r**n + c1 r**(n-1) + ... (highest
-        first)
+        first) | linear = uniform | square = pow2 | cubic = pow3 | square_root = pow0.5
 
     Raises:
         ValueError: an unknown schedule, or a progress outside [0, 1].
     """
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress: expected a value in [0, 1], got {progress}")
+    schedule = SYNONYMS.get(schedule, schedule)
     bits = math.log2(max(num_tokens, 2))
     if schedule == "uniform":
         fraction = 1.0 - progress
@@ -58,16 +65,39 @@ def unknown_counts(schedule: str, num_tokens: int, steps: int) -> list[int]:
     Raises:
         ValueError: unknown schedule, num_tokens < 1 or steps < 1.
     """
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens: expected 1 or more, got {num_tokens}")
-    if steps < 1:
-        raise ValueError(f"steps: expected 1 or more, got {steps}")
+    _check_sizes(num_tokens, steps)
     counts, before = [], num_tokens
     for k in range(steps):
         wanted = math.floor(num_tokens * mask_fraction(schedule, (k + 1) / steps, num_tokens))
         before = max(0, min(max(wanted, 1), before - 1))
         counts.append(before)
     return counts
+
+
+def masked_counts(schedule: str, num_tokens: int, steps: int) -> list[int]:
+    """MaskViT's rule: how many of `num_tokens` future tokens are masked after each of `steps` passes.
+
+    After pass t (from 1): ceil(N * fraction(t / steps)), and 0 after the last. Nothing is clipped:
+    where N is small or the schedule flat, a pass may keep no token; every pass but the last leaves at
+    least one.
+
+    Raises:
+        ValueError: unknown schedule, num_tokens < 1 or steps < 1.
+    """
+    _check_sizes(num_tokens, steps)
+    counts = []
+    for t in range(1, steps):
+        exact = num_tokens * mask_fraction(schedule, t / steps, num_tokens)
+        # rounded first: 1024 * cos(pi / 3) is 512 and a rounding error, whose ceiling is 513
+        counts.append(math.ceil(round(exact, 6)))
+    return [*counts, 0]
+
+
+def _check_sizes(num_tokens: int, steps: int) -> None:
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens: expected 1 or more, got {num_tokens}")
+    if steps < 1:
+        raise ValueError(f"steps: expected 1 or more, got {steps}")
 
 
 @dataclass(frozen=True)
