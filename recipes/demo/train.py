@@ -39,8 +39,8 @@ from magvit_fast.nn.conv import CausalConv3d
 from magvit_fast.nn.resample import Upsample
 from magvit_fast.tasks import commit_loss, commit_mask
 from magvit_fast.training.ema import Ema
+from magvit_fast.training.network import weight_decay_groups
 from magvit_fast.training.schedules import warmup_cosine
-from magvit_fast.training.transformer_loop import weight_decay_groups
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,6 +18,7 @@ from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
 from magvit_fast.models.masked_transformer import MaskedTransformer
 from magvit_fast.tasks import ClipGeometry, get_task
 from magvit_fast.training.config import TaskConfig, TokensConfig
+from magvit_fast.training.network import weight_decay_groups
 from magvit_fast.training.run import new_accelerator
 from magvit_fast.training.sources import open_clips
 from magvit_fast.training.tokenization import condition_differs
@@ -25,7 +26,6 @@ from magvit_fast.training.transformer_loop import (
     TransformerTrainer,
     task_of,
     train_transformer,
-    weight_decay_groups,
 )
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from magvit_fast.data.tokens import TokenHeader
 from magvit_fast.models.masked_transformer import MaskedTransformer
@@ -21,9 +20,9 @@ from magvit_fast.tasks import (
     commit_mask,
     get_task,
 )
-from magvit_fast.training.checkpoints import whole_state
 from magvit_fast.training.config import TaskConfig, TransformerTraining
-from magvit_fast.training.run import Run, TrainingResult, new_accelerator, step_seed
+from magvit_fast.training.network import NetworkTrainer, check_tokens, run_trainer
+from magvit_fast.training.run import TrainingResult, new_accelerator, step_seed
 from magvit_fast.training.tokenization import open_or_write_tokens
 
 
@@ -42,19 +41,7 @@ def train_transformer(config: TransformerTraining, *, progress: bool = True) -> 
     trainer = TransformerTrainer(
         accelerator, config, task, tokens.header, len(tokens.class_names), causal=causal
     )
-    run = Run(accelerator, config)
-    result = run.train(
-        tokens,
-        run.order(tokens),
-        modules=trainer.modules,
-        optimizer=trainer.optimizer,
-        forward_backward=trainer.forward_backward,
-        finish_step=trainer.finish_step,
-        progress=progress,
-    )
-    result.output = Path(config.run.output) / "transformer"
-    trainer.save(result.output)
-    return result
+    return run_trainer(trainer, tokens, progress=progress)
 
 
 def task_of(config: TaskConfig) -> Task:
@@ -67,8 +54,10 @@ def task_of(config: TaskConfig) -> Task:
     return task
 
 
-class TransformerTrainer:
+class TransformerTrainer(NetworkTrainer):
     """The network of stage two and what one step does to it."""
+
+    config: TransformerTraining
 
     def __init__(
         self,
@@ -80,13 +69,8 @@ class TransformerTrainer:
         *,
         causal: bool = True,
     ) -> None:
-        self.accelerator, self.config, self.task = accelerator, config, task
-        shape = config.model
-        if (shape.grid, shape.num_bits) != (header.grid, header.num_bits):
-            raise ValueError(
-                f"model: expected grid {header.grid} and {header.num_bits} bits, those of the "
-                f"tokens in {config.tokens.path}, got grid {shape.grid} and {shape.num_bits} bits"
-            )
+        self.task, shape = task, config.model
+        check_tokens(config, header, shape.grid, shape.num_bits)
         if task.class_conditional and shape.num_classes != num_classes:
             raise ValueError(
                 f"model.num_classes: expected {num_classes}, the labels in {config.tokens.path}, "
@@ -95,13 +79,7 @@ class TransformerTrainer:
         model = MaskedTransformer(shape)
         self.prompt_id = model.prompt_id(task.name, task.prompt)
         self.geometry = ClipGeometry(*header.video, header.grid, causal=causal)
-        optimizer = torch.optim.AdamW(
-            weight_decay_groups(model, config.optimizer.weight_decay),
-            lr=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-        )
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.modules = nn.ModuleDict({"transformer": self.model})
+        super().__init__(accelerator, config, model)
 
     def forward_backward(self, batch: dict[str, Any], step: int, part: int) -> dict[str, Tensor]:
         """Loss of one part of a batch; its gradients are added to the network's."""
@@ -124,27 +102,6 @@ class TransformerTrainer:
             **{f"loss_{name}": nats * shares[name] for name, nats in result.parts.items()},
             "share_masked": shares["mask"],
         }
-
-    def finish_step(self) -> dict[str, Tensor]:
-        """Clip and step."""
-        values: dict[str, Tensor] = {}
-        if self.config.optimizer.clip_norm > 0:
-            norm = self.accelerator.clip_grad_norm_(
-                self.model.parameters(), self.config.optimizer.clip_norm
-            )
-            gather = getattr(norm, "full_tensor", None)  # FSDP2 keeps shards
-            values["gradient_norm"] = gather() if gather else norm
-        self.optimizer.step()
-        return values
-
-    def save(self, folder: Path) -> None:
-        """Write the model as config.json + model.safetensors. Called by every process."""
-        state = whole_state(self.model)
-        if self.accelerator.is_main_process:
-            model = MaskedTransformer(self.config.model)
-            model.load_state_dict(state)
-            model.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
 
     def _corrupt(
         self, batch: dict[str, Any], ids: Tensor, step: int, part: int
@@ -178,16 +135,3 @@ class TransformerTrainer:
             unconditional = self.config.model.num_classes
             class_id = batch["class_ids"].masked_fill(dropped[mine].to(ids.device), unconditional)
         return masked, class_id
-
-
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: decay for matrices of linear layers, not for biases, norms, embeddings."""
-    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    parameters = list(model.parameters())
-    return [
-        {
-            "params": [p for p in parameters if id(p) in kernels],
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for p in parameters if id(p) not in kernels], "weight_decay": 0.0},
-    ]
