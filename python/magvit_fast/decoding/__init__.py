@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from magvit_fast.decoding.autoregressive import (
+    AutoregressiveDecoding,
+    decode_autoregressive,
+)
 from magvit_fast.decoding.generate import clip_geometry, generate, generate_tokens
 from magvit_fast.decoding.masked import (
     DecodingState,
@@ -13,11 +17,13 @@ from magvit_fast.decoding.maskvit import MaskViTDecoding, decode_frames
 from magvit_fast.decoding.schedules import Guidance, mask_fraction, unknown_counts
 
 __all__ = [
+    "AutoregressiveDecoding",
     "DecodingState",
     "Guidance",
     "MaskViTDecoding",
     "MaskedDecoding",
     "clip_geometry",
+    "decode_autoregressive",
     "decode_frames",
     "decode_masked",
     "generate",

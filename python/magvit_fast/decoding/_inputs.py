@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.models.masked_transformer import TokenTransformer
 from magvit_fast.tasks.registry import ClipGeometry, Task
 
 
@@ -57,7 +57,7 @@ def checked_video(task: Task, geometry: ClipGeometry, video: Tensor | None) -> T
 
 def checked_classes(
     task: Task,
-    transformer: MaskedTransformer,
+    transformer: TokenTransformer,
     class_id: int | Sequence[int] | Tensor | None,
     batch: int | None,
 ) -> Tensor | None:
@@ -86,7 +86,7 @@ def checked_classes(
 
 
 def check_devices(
-    tokenizer: Tokenizer, transformer: MaskedTransformer, video: Tensor | None
+    tokenizer: Tokenizer, transformer: TokenTransformer, video: Tensor | None
 ) -> None:
     device = transformer.position_embedding.device
     if isinstance(tokenizer, nn.Module):

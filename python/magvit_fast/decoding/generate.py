@@ -1,9 +1,10 @@
-"""From a task to a video: condition, masked decoding, detokenization."""
+"""From a task to a video: condition, decoding (masked or autoregressive), detokenization."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +16,19 @@ from magvit_fast.decoding._inputs import (
     checked_video,
     evaluation,
 )
+from magvit_fast.decoding.autoregressive import AutoregressiveDecoding, decode_autoregressive
 from magvit_fast.decoding.confidence import Noise
 from magvit_fast.decoding.masked import MaskedDecoding, Predict, decode_masked
 from magvit_fast.decoding.schedules import Guidance
-from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
+from magvit_fast.models.masked_transformer import TokenTransformer
 from magvit_fast.ops._checks import check_int, check_number
 from magvit_fast.tasks.registry import ClipGeometry, FrameTask, Task, get_task
 
+T = TypeVar("T")
 
-def clip_geometry(tokenizer: Tokenizer, transformer: MaskedTransformer) -> ClipGeometry:
+
+def clip_geometry(tokenizer: Tokenizer, transformer: TokenTransformer) -> ClipGeometry:
     """The clip, in pixels and tokens, that this pair of models makes.
 
     Raises:
@@ -45,7 +50,7 @@ def clip_geometry(tokenizer: Tokenizer, transformer: MaskedTransformer) -> ClipG
 
 def generate(
     tokenizer: Tokenizer,
-    transformer: MaskedTransformer,
+    transformer: TokenTransformer,
     *,
     task: str | Task,
     video: Tensor | None = None,
@@ -60,9 +65,13 @@ def generate(
     top_p: float = 0.0,
     fixed_condition: bool = False,
     frames: int | None = None,
-    noise: Sequence[Noise] | None = None,
+    noise: Sequence[Noise] | Tensor | None = None,
 ) -> Tensor:
     """Generate video by masked decoding (MAGVIT, algorithm 1): [B, C, T, H, W] in [0, 1].
+
+    With an AutoregressiveTransformer, token after token instead (see decoding.autoregressive): of
+    the settings it takes temperature, top_k, top_p, seed and noise; steps, schedule and
+    choice_temperature say nothing there, and guidance has to be 0.
 
     Args:
         tokenizer, transformer: a pair that fits, on one device.
@@ -80,7 +89,8 @@ def generate(
         frames: length of the result; None = one clip. Frame prediction goes on for as long as it is
             told, each window conditioned on the last frames of the one before; other tasks make one
             clip.
-        noise: one pair of Gumbel arrays a step in place of the seeded draws (a single clip only).
+        noise: one pair of Gumbel arrays a step in place of the seeded draws (a single clip only);
+            for an autoregressive transformer one array [B, N, G, V].
 
     The result holds the model's version of the given part too: nothing is pasted back. Both models
     run in evaluation mode, without gradients, and are left in the mode they came in.
@@ -92,19 +102,30 @@ def generate(
     """
     chosen = task if isinstance(task, Task) else get_task(task)
     geometry = clip_geometry(tokenizer, transformer)
-    settings = MaskedDecoding(
-        steps=steps,
-        schedule=schedule,
-        temperature=temperature,
-        choice_temperature=choice_temperature,
-        guidance=guidance
-        if isinstance(guidance, Guidance)
-        else Guidance(check_number("guidance", guidance)),
-        seed=seed,
-        top_k=top_k,
-        top_p=top_p,
-        fixed_condition=fixed_condition,
-    )
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(check_number("guidance", guidance))
+    settings: MaskedDecoding | AutoregressiveDecoding
+    if isinstance(transformer, AutoregressiveTransformer):
+        if guidance.scale > 0 or fixed_condition:
+            raise ValueError(
+                "guidance, fixed_condition: expected 0 and False for an autoregressive transformer, "
+                f"got {guidance.scale} and {fixed_condition}"
+            )
+        settings = AutoregressiveDecoding(temperature, top_k, top_p, seed)
+        passes = geometry.num_tokens
+    else:
+        settings = MaskedDecoding(
+            steps=steps,
+            schedule=schedule,
+            temperature=temperature,
+            choice_temperature=choice_temperature,
+            guidance=guidance,
+            seed=seed,
+            top_k=top_k,
+            top_p=top_p,
+            fixed_condition=fixed_condition,
+        )
+        passes = steps
     video = checked_video(chosen, geometry, video)
     classes = checked_classes(chosen, transformer, class_id, None if video is None else len(video))
     check_devices(tokenizer, transformer, video)
@@ -121,7 +142,7 @@ def generate(
             video=video,
             classes=classes,
             noise=noise,
-            first_step=window * steps,
+            first_step=window * passes,
         )
         with evaluation(tokenizer):
             clip = tokenizer.decode(ids)
@@ -133,51 +154,95 @@ def generate(
 @torch.no_grad()
 def generate_tokens(
     tokenizer: Tokenizer,
-    transformer: MaskedTransformer,
+    transformer: TokenTransformer,
     task: Task,
-    settings: MaskedDecoding,
+    settings: MaskedDecoding | AutoregressiveDecoding,
     *,
     video: Tensor | None = None,
     classes: Tensor | None = None,
-    noise: Sequence[Noise] | None = None,
+    noise: Sequence[Noise] | Tensor | None = None,
     first_step: int = 0,
 ) -> Tensor:
     """The tokens of one generated clip: int64 [B, T', H', W'].
 
-    video [B, C, T, H, W] and classes int64 [B] as the task needs them; the rest as in generate and
-    decode_masked.
+    video [B, C, T, H, W] and classes int64 [B] as the task needs them; settings are those of the
+    transformer's kind. The rest as in generate, decode_masked and decode_autoregressive.
     """
     geometry = clip_geometry(tokenizer, transformer)
     device = transformer.position_embedding.device
     region = task.token_mask(geometry).flatten().to(device)
+    _check_prefix(transformer, task, int(region.sum()))
     with evaluation(tokenizer, transformer):
+        condition = None
         if video is not None and task.has_condition:
-            ids = tokenizer.encode(task.condition_video(video, geometry))
-            if tuple(ids.shape[1:]) != geometry.grid:
-                raise ValueError(
-                    f"transformer: its grid is {geometry.grid}, but the tokenizer makes "
-                    f"{tuple(ids.shape[1:])} tokens of {geometry.frames} frames of "
-                    f"{geometry.height}x{geometry.width}"
-                )
-            condition = ids.flatten(1)
-        else:
-            batch = 1 if classes is None else classes.shape[0]
+            condition = _condition_tokens(tokenizer, task, geometry, video)
+        batch = len(condition) if condition is not None else 1 if classes is None else len(classes)
+        prefix = None
+        if condition is not None and transformer.config.condition_tokens:
+            prefix, condition, region = condition[:, region], None, torch.zeros_like(region)
+        if condition is None:
             condition = torch.zeros(batch, geometry.num_tokens, dtype=torch.int64, device=device)
-        conditional, unconditional = _networks(transformer, task, classes)
-        tokens = decode_masked(
-            conditional,
-            condition,
-            region,
-            settings,
-            predict_unconditional=unconditional,
-            noise=noise,
-            first_step=first_step,
-        )
+        if isinstance(transformer, AutoregressiveTransformer):
+            tokens = decode_autoregressive(
+                transformer,
+                _of_kind(AutoregressiveDecoding, settings),
+                batch=batch,
+                class_id=classes,
+                prompt_id=transformer.prompt_id(task.name, task.prompt),
+                condition=prefix,
+                noise=None if noise is None else _of_kind(Tensor, noise),
+                first_step=first_step,
+            )
+        else:
+            conditional, unconditional = _networks(transformer, task, classes, prefix)
+            tokens = decode_masked(
+                conditional,
+                condition,
+                region,
+                _of_kind(MaskedDecoding, settings),
+                predict_unconditional=unconditional,
+                noise=None if noise is None else list(noise),
+                first_step=first_step,
+            )
     return tokens.view(-1, *geometry.grid)
 
 
+def _of_kind(kind: type[T], value: object) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"settings, noise: expected {kind.__name__} for this transformer, "
+            f"got {type(value).__name__}"
+        )
+    return value
+
+
+def _condition_tokens(
+    tokenizer: Tokenizer, task: Task, geometry: ClipGeometry, video: Tensor
+) -> Tensor:
+    """The tokens z~ of the condition video: int64 [B, N]."""
+    ids = tokenizer.encode(task.condition_video(video, geometry))
+    if tuple(ids.shape[1:]) != geometry.grid:
+        raise ValueError(
+            f"transformer: its grid is {geometry.grid}, but the tokenizer makes "
+            f"{tuple(ids.shape[1:])} tokens of {geometry.frames} frames of "
+            f"{geometry.height}x{geometry.width}"
+        )
+    return ids.flatten(1)
+
+
+def _check_prefix(transformer: TokenTransformer, task: Task, tokens: int) -> None:
+    """A model with the prefix condition takes regions of one size; an autoregressive one has no other."""
+    wanted = transformer.config.condition_tokens
+    interior = wanted == 0 and not isinstance(transformer, AutoregressiveTransformer)
+    if not interior and tokens != wanted:
+        raise ValueError(
+            f"transformer: its prefix holds {wanted} condition tokens, but the region of task "
+            f"{task.name} has {tokens}; use the model that was trained for this task"
+        )
+
+
 def _networks(
-    transformer: MaskedTransformer, task: Task, classes: Tensor | None
+    transformer: TokenTransformer, task: Task, classes: Tensor | None, prefix: Tensor | None
 ) -> tuple[Predict, Predict]:
     prompt = transformer.prompt_id(task.name, task.prompt)
     # the released code: the unconditional branch is "full generation" where the model knows it
@@ -186,11 +251,14 @@ def _networks(
     free = transformer.prompt_id(*full) if knows_full else prompt
 
     def conditional(tokens: Tensor, mask: Tensor) -> Tensor:
-        logits: Tensor = transformer(tokens, mask, class_id=classes, prompt_id=prompt)
+        logits: Tensor = transformer(
+            tokens, mask, class_id=classes, prompt_id=prompt, condition=prefix
+        )
         return logits
 
     def unconditional(tokens: Tensor, mask: Tensor) -> Tensor:
-        logits: Tensor = transformer(tokens, mask, prompt_id=free)
+        # a prefix condition stays, as in the released code
+        logits: Tensor = transformer(tokens, mask, prompt_id=free, condition=prefix)
         return logits
 
     return conditional, unconditional

@@ -175,8 +175,14 @@ def _step_noise(
             gumbel(values, step, VALUE_STREAM, settings.seed),
             choice_noise(logits.shape[:2], logits.device, settings.seed, step),
         )
-    kept = likely_values(logits.float(), settings.top_k, settings.top_p)
-    return noise[0].masked_fill(~kept, _NEVER), noise[1]
+    return cut_noise(noise[0], logits.float(), settings.top_k, settings.top_p), noise[1]
+
+
+def cut_noise(noise: Tensor, logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The Gumbel noise of values, [..., V], that never lets one outside the cut win (0, 0: no cut)."""
+    if not (top_k or top_p):
+        return noise
+    return noise.masked_fill(~likely_values(logits, top_k, top_p), _NEVER)
 
 
 def likely_values(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:

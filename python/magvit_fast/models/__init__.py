@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
 from magvit_fast.models.discriminator import Discriminator3D, DiscriminatorConfig
 from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
 from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer, TokenizerOutput
-from magvit_fast.models.masked_transformer import MaskedTransformer, MaskedTransformerConfig
+from magvit_fast.models.masked_transformer import (
+    MaskedTransformer,
+    MaskedTransformerConfig,
+    TokenTransformer,
+)
 from magvit_fast.models.maskvit import MaskViTConfig, MaskViTTransformer
 from magvit_fast.models.tokenizers import load_tokenizer
 
 __all__ = [
+    "AutoregressiveTransformer",
     "Discriminator3D",
     "DiscriminatorConfig",
     "MagvitConfig",
@@ -20,6 +26,7 @@ __all__ = [
     "MaskViTTransformer",
     "MaskedTransformer",
     "MaskedTransformerConfig",
+    "TokenTransformer",
     "TokenizerOutput",
     "load_tokenizer",
 ]

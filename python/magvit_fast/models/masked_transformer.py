@@ -1,5 +1,8 @@
 """The masked transformer of MAGVIT and MAGVIT-v2: BERT over [prefix][visual tokens].
 
+The prefix is [task][class] (a single-task model has no [task]), with the prefix condition followed by
+[condition tokens][SEP].
+
 Sources: MAGVIT section 3.2 and table 8 (layers, recipe), MAGVIT-v2 section 3.2 (factorized tokens,
 one weight-tied head per sub-token).
 """
@@ -30,6 +33,10 @@ class MaskedTransformerConfig:
     prompts: names of task rows. Empty: a single-task model, its prefix is [class]; otherwise the
         prefix is [task][class]. A name is a task's own or the name it shares with others
         (tasks.Task.prompt).
+    condition_tokens: P > 0 puts the tokens of the condition region into the prefix, in place of
+        interior conditions: [task][class][P condition tokens][SEP] (MAGVIT's ablation "prefix
+        condition", and how an autoregressive model is conditioned). P is the region's size, 256
+        for one slot of 16 x 16.
     """
 
     hidden_size: int = 1024
@@ -41,6 +48,7 @@ class MaskedTransformerConfig:
     subtoken_size: int = 512
     num_classes: int = 0
     prompts: tuple[str, ...] = ()
+    condition_tokens: int = 0
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     init_std: float = 0.02
@@ -63,6 +71,11 @@ class MaskedTransformerConfig:
             raise ValueError(f"subtoken_size: expected a power of two, got {self.subtoken_size}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes: expected 0 or more, got {self.num_classes}")
+        if not 0 <= self.condition_tokens <= self.num_tokens:
+            raise ValueError(
+                f"condition_tokens: expected 0 to {self.num_tokens} (grid {self.grid}), "
+                f"got {self.condition_tokens}"
+            )
         if len(set(self.prompts)) != len(self.prompts):
             raise ValueError(f"prompts: expected distinct names, got {self.prompts}")
         if not 0.0 <= self.dropout < 1.0:
@@ -80,7 +93,9 @@ class MaskedTransformerConfig:
 
     @property
     def prefix_length(self) -> int:
-        return 2 if self.prompts else 1
+        """Positions before the visual ones."""
+        condition = self.condition_tokens + 1 if self.condition_tokens else 0  # with SEP
+        return (2 if self.prompts else 1) + condition
 
     @property
     def unconditional_class(self) -> int:
@@ -102,31 +117,29 @@ class MaskedLanguageHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(x), approximate="tanh")), table, self.bias)
 
 
-class MaskedTransformer(PretrainedMixin, nn.Module):
-    """Predicts every visual token from a partly masked grid.
+class TokenTransformer(PretrainedMixin, nn.Module):
+    """What the masked and the autoregressive transformer share: all parameters, prefix and heads.
 
     Original BERT: post-layer-norm, learned absolute positions (prefix included), embedding sum ->
     LayerNorm -> dropout. The logits cover visual codes alone; class and task rows are inputs only.
-
-    Parameters counted (L, two heads, video, 101 classes: 306,881,536): layers 302,309,376;
-    embedding LayerNorm 2,048; positions (1 + 1,280) x 1,024; two sub-tables 2 x 512 x 1,024; rows
-    for 101 classes, unconditional and MASK; two heads of Dense + LayerNorm 2 x 1,051,648 and 2 x
-    512 biases. The tied output matrices are the input tables and count once.
     """
 
     config_class = MaskedTransformerConfig
     config: MaskedTransformerConfig
 
-    def __init__(self, config: MaskedTransformerConfig) -> None:
+    def __init__(self, config: MaskedTransformerConfig, *, masked: bool, positions: int) -> None:
         super().__init__()
         self.config = config
         dim, eps = config.hidden_size, config.layer_norm_eps
-        self.token_embedding = TokenEmbedding(config.num_subtokens, config.subtoken_size, dim)
+        self.token_embedding = TokenEmbedding(
+            config.num_subtokens, config.subtoken_size, dim, masked=masked
+        )
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last = unconditional
         self.prompt_embedding = nn.Embedding(len(config.prompts), dim) if config.prompts else None
-        self.position_embedding = nn.Parameter(
-            torch.empty(config.prefix_length + config.num_tokens, dim)
-        )
+        # SEP. The release's single-task models have no row for it: there it is "unconditional".
+        own_row = config.prompts and config.condition_tokens
+        self.separator_embedding = nn.Parameter(torch.empty(1, dim)) if own_row else None
+        self.position_embedding = nn.Parameter(torch.empty(positions, dim))
         self.embedding_norm = nn.LayerNorm(dim, eps=eps)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
@@ -159,71 +172,59 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
             f"got {' / '.join(names)}"
         )
 
-    def forward(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        class_id: Tensor | None = None,
-        prompt_id: Tensor | int | None = None,
-    ) -> Tensor:
-        """Logits [B, N, G, V] of every visual position.
-
-        Args:
-            tokens: int64 [B, N], packed, in the order t, h, w.
-            mask: bool [B, N], True = MASK (the token there is ignored).
-            class_id: int64 [B], None = unconditional.
-            prompt_id: an int for the whole batch or int64 [B]; required exactly when the model has
-                prompts.
-
-        Raises:
-            TypeError, ValueError: a wrong dtype, shape or (on the CPU) class; the message names the
-                argument.
-        """
-        self._check_inputs(tokens, mask, class_id, prompt_id)
-        x = torch.cat(
-            [self._prefix(tokens, class_id, prompt_id), self.token_embedding(tokens, mask)], 1
-        )
-        x = self.embedding_dropout(self.embedding_norm(x + self.position_embedding))
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
-        x = x[:, self.config.prefix_length :]
+    def _logits(self, x: Tensor) -> Tensor:
+        """[B, n, D] after the layers -> [B, n, G, V]."""
         tables = self.token_embedding.weight
         return torch.stack([head(x, tables[g]) for g, head in enumerate(self.heads)], dim=2)
 
     def _prefix(
-        self, tokens: Tensor, class_id: Tensor | None, prompt_id: Tensor | int | None
+        self,
+        tokens: Tensor,
+        class_id: Tensor | None,
+        prompt_id: Tensor | int | None,
+        condition: Tensor | None,
     ) -> Tensor:
+        """Embeddings of the prefix, [B, prefix, D]; `tokens` says batch and device."""
         batch = tokens.shape[0]
         if class_id is None:
             class_id = tokens.new_full((batch,), self.config.unconditional_class)
-        rows = [self.class_embedding(class_id)]
+        rows = [self.class_embedding(class_id).unsqueeze(1)]
         if self.prompt_embedding is not None:
             if isinstance(prompt_id, int):
                 prompt_id = tokens.new_full((batch,), prompt_id)
-            rows.insert(0, self.prompt_embedding(prompt_id))
-        return torch.stack(rows, dim=1)  # [B, prefix, D]
+            rows.insert(0, self.prompt_embedding(prompt_id).unsqueeze(1))
+        if condition is not None:
+            own, shared = self.separator_embedding, self.class_embedding.weight[-1:]
+            separator = shared if own is None else own
+            rows += [self.token_embedding(condition), separator.expand(batch, 1, -1)]
+        return torch.cat(rows, dim=1)
 
     def _check_inputs(
         self,
         tokens: Tensor,
-        mask: Tensor | None,
         class_id: Tensor | None,
         prompt_id: Tensor | int | None,
+        condition: Tensor | None,
     ) -> None:
-        n = self.config.num_tokens
+        """Raises ValueError and TypeError for what stands before the visual tokens, and their dtype."""
         check_tensor("tokens", tokens)
-        if tokens.dim() != 2 or tokens.shape[1] != n:
-            raise ValueError(
-                f"tokens: expected [B, {n}] (grid {self.config.grid}), got {tuple(tokens.shape)}"
-            )
         if tokens.dtype != torch.int64:
             raise TypeError(f"tokens: expected int64, got {tokens.dtype}")
-        if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+        wanted = self.config.condition_tokens
+        if (condition is None) != (wanted == 0):
             raise ValueError(
-                f"mask: expected bool {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+                f"condition: expected {f'{wanted} tokens a sample' if wanted else 'None'} for a "
+                f"model with condition_tokens {wanted}, got "
+                f"{None if condition is None else tuple(condition.shape)}"
             )
+        if condition is not None:
+            if condition.shape != (tokens.shape[0], wanted):
+                raise ValueError(
+                    f"condition: expected [{tokens.shape[0]}, {wanted}], "
+                    f"got {tuple(condition.shape)}"
+                )
+            if condition.dtype != torch.int64:
+                raise TypeError(f"condition: expected int64, got {condition.dtype}")
         if class_id is not None and class_id.shape != tokens.shape[:1]:
             raise ValueError(
                 f"class_id: expected int64 [{tokens.shape[0]}], got {tuple(class_id.shape)}"
@@ -245,4 +246,63 @@ class MaskedTransformer(PretrainedMixin, nn.Module):
         if not 0 <= int(class_id.min()) <= int(class_id.max()) <= self.config.num_classes:
             raise ValueError(
                 f"class_id: expected ids in 0..{self.config.num_classes}, got {class_id.tolist()}"
+            )
+
+
+class MaskedTransformer(TokenTransformer):
+    """Predicts every visual token from a partly masked grid.
+
+    Every position sees every other. Parameters counted (L, two heads, video, 101 classes:
+    306,881,536): layers 302,309,376; embedding LayerNorm 2,048; positions (1 + 1,280) x 1,024; two
+    sub-tables 2 x 512 x 1,024; rows for 101 classes, unconditional and MASK; two heads of Dense +
+    LayerNorm 2 x 1,051,648 and 2 x 512 biases. The tied output matrices are the input tables and
+    count once.
+    """
+
+    def __init__(self, config: MaskedTransformerConfig) -> None:
+        super().__init__(config, masked=True, positions=config.prefix_length + config.num_tokens)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        class_id: Tensor | None = None,
+        prompt_id: Tensor | int | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, N, G, V] of every visual position.
+
+        Args:
+            tokens: int64 [B, N], packed, in the order t, h, w.
+            mask: bool [B, N], True = MASK (the token there is ignored).
+            class_id: int64 [B], None = unconditional.
+            prompt_id: an int for the whole batch or int64 [B]; required exactly when the model has
+                prompts.
+            condition: int64 [B, P], the condition tokens of a model with config.condition_tokens = P;
+                None for one without.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or (on the CPU) class; the message names the
+                argument.
+        """
+        self._check_inputs(tokens, class_id, prompt_id, condition)
+        self._check_grid(tokens, mask)
+        prefix = self._prefix(tokens, class_id, prompt_id, condition)
+        x = torch.cat([prefix, self.token_embedding(tokens, mask)], 1)
+        x = self.embedding_dropout(self.embedding_norm(x + self.position_embedding))
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        return self._logits(x[:, self.config.prefix_length :])
+
+    def _check_grid(self, tokens: Tensor, mask: Tensor | None) -> None:
+        n = self.config.num_tokens
+        if tokens.dim() != 2 or tokens.shape[1] != n:
+            raise ValueError(
+                f"tokens: expected [B, {n}] (grid {self.config.grid}), got {tuple(tokens.shape)}"
+            )
+        if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask: expected bool {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )

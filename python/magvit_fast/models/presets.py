@@ -143,6 +143,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# The same sizes under a causal mask.
+PRESETS["AutoregressiveTransformer"] = PRESETS["MaskedTransformer"]
+
 
 def preset(model: str, name: str) -> dict[str, Any]:
     """The keyword arguments of one preset.

@@ -31,12 +31,15 @@ class TokenEmbedding(nn.Module):
     An id of num_subtokens * log2(subtoken_size) bits is embedded as the sum of one row per sub-table; a
     masked position is one vector of its own, whatever its id. A table of G*V rows so stands in for one of
     V**G rows (MAGVIT-v2: 2 x 512 rows for 2**18 codes). G = 1 is the plain table of MAGVIT.
+    masked=False leaves the MASK vector out.
     """
 
-    def __init__(self, num_subtokens: int, subtoken_size: int, dim: int) -> None:
+    def __init__(
+        self, num_subtokens: int, subtoken_size: int, dim: int, *, masked: bool = True
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_subtokens, subtoken_size, dim))  # [G, V, D]
-        self.mask_embedding = nn.Parameter(torch.empty(dim))  # [D]
+        self.mask_embedding = nn.Parameter(torch.empty(dim)) if masked else None  # [D]
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids int64 [B, N], mask bool [B, N] (True = MASK) -> [B, N, D]."""

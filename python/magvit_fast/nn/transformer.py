@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from magvit_fast.nn.attention import SelfAttention
+from magvit_fast.nn.attention import KeyValueCache, SelfAttention
 
 
 class PostNormLayer(nn.Module):
     """One BERT layer: x = LN(x + attention(x)); x = LN(x + MLP(x)). [B, N, D] -> [B, N, D].
 
-    GELU in its tanh approximation; dropout on the output of both branches.
+    GELU in its tanh approximation; dropout on the output of both branches. causal, cache: see
+    SelfAttention.
     """
 
     def __init__(
@@ -25,8 +26,10 @@ class PostNormLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(dim, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x)))
+    def forward(
+        self, x: Tensor, *, causal: bool = False, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        x = self.attention_norm(x + self.dropout(self.attention(x, causal=causal, cache=cache)))
         hidden = F.gelu(self.mlp_in(x), approximate="tanh")
         y: Tensor = self.mlp_norm(x + self.dropout(self.mlp_out(hidden)))
         return y
