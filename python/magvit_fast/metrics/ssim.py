@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from magvit_fast.metrics.psnr import check_pair
 
 _LUMA = (0.2125, 0.7154, 0.0721)
-_WINDOW, _SIGMA = 11, 1.5
+WINDOW, _SIGMA = 11, 1.5
 _K1, _K2 = 0.01, 0.03
 
 
@@ -43,23 +43,34 @@ def frame_ssim(prediction: Tensor, target: Tensor, *, max_value: float = 1.0) ->
     """
     check_pair(prediction, target)
     batch, _, frames, height, width = prediction.shape
-    if min(height, width) < _WINDOW:
+    if min(height, width) < WINDOW:
         raise ValueError(f"prediction: expected frames of 11 x 11 or more, got {height} x {width}")
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     x, y = (
         to_gray(video.to(dtype)).transpose(1, 2).reshape(-1, 1, height, width)
         for video in (prediction, target)
     )
-    offsets = torch.arange(_WINDOW, dtype=dtype, device=x.device) - _WINDOW // 2
-    taps = torch.softmax(-offsets.square() / (2 * _SIGMA**2), dim=0)
+    luminance, structure = ssim_parts(x, y, gaussian_taps(x), max_value)
+    return (luminance * structure).mean(dim=(1, 2, 3)).view(batch, frames)
 
+
+def gaussian_taps(like: Tensor) -> Tensor:
+    """The window along one axis: 11 weights that sum to 1, of `like`'s dtype and device."""
+    offsets = torch.arange(WINDOW, dtype=like.dtype, device=like.device) - WINDOW // 2
+    return torch.softmax(-offsets.square() / (2 * _SIGMA**2), dim=0)
+
+
+def ssim_parts(x: Tensor, y: Tensor, taps: Tensor, max_value: float) -> tuple[Tensor, Tensor]:
+    """SSIM's two factors at every valid position: luminance, and contrast times structure.
+
+    x, y: [N, 1, H, W]. Both results [N, 1, H - 10, W - 10].
+    """
     mean_x, mean_y = _blur(x, taps), _blur(y, taps)
     variances = _blur(x * x + y * y, taps) - mean_x.square() - mean_y.square()
     covariance = _blur(x * y, taps) - mean_x * mean_y
     c1, c2 = (_K1 * max_value) ** 2, (_K2 * max_value) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-    structure = (2 * covariance + c2) / (variances + c2)
-    return (luminance * structure).mean(dim=(1, 2, 3)).view(batch, frames)
+    return luminance, (2 * covariance + c2) / (variances + c2)
 
 
 def ssim(prediction: Tensor, target: Tensor, *, max_value: float = 1.0) -> Tensor:
