@@ -188,3 +188,15 @@ def test_cuda_gives_the_logits_and_the_penalty_of_the_cpu() -> None:
         (gradient,) = torch.autograd.grad(penalty, model.conv_in.weight)
         results.append([t.detach().double().cpu() for t in (logits, penalty, gradient)])
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+
+
+def test_average_pooling_takes_axes_that_are_used_up() -> None:
+    """MAGVIT's published discriminator halves 16 frames five times: the last time, one frame."""
+    torch.manual_seed(0)
+    config = DiscriminatorConfig(
+        (4, 8, 8), filters=4, channel_multipliers=(1,) * 4, pooling="average"
+    )
+    assert config.final_grid == (1, 1, 1)
+    logits = Discriminator3D(config)(torch.rand(2, 3, 4, 8, 8))
+    assert logits.shape == (2, 1)
+    assert logits.isfinite().all()

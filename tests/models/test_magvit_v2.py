@@ -281,7 +281,7 @@ def test_stream_errors() -> None:
         list(model.decode_stream(torch.full((1, 2, 1, 1), 64)))
     with pytest.raises(ValueError, match="ids: the stream ended after 0 entries"):
         list(model.decode_stream([]))
-    with pytest.raises(ValueError, match="chunk_slots: expected a positive int, got 0"):
+    with pytest.raises(ValueError, match="chunk_slots: expected 1 or more, got 0"):
         list(model.encode_stream(clip(1, 3, 5, 8, 8), chunk_slots=0))
 
 

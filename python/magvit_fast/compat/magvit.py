@@ -254,7 +254,7 @@ def _read_half(model: MagvitTokenizer, half: str, tree: _Tree, state: State) -> 
             parts["Conv_2"] = "shortcut"
         for path, part in parts.items():
             read(f"ResBlock_{k}/{path}", f"{name}.{part}")
-    ups = [f"{level}.resample.conv" for level in levels[:-1]] if half == "decoder" else []
+    ups = [f"{level}.up.conv" for level in levels[:-1]] if half == "decoder" else []
     for i, name in enumerate(["conv_in", *ups, "conv_out"]):
         read(f"Conv_{i}", name)
     read("GroupNorm_0", "norm_out")

@@ -40,12 +40,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from magvit_fast.compat._arrays import few, select
+from magvit_fast.models.autoencoder import Decoder, Encoder
 from magvit_fast.models.discriminator import (
     Discriminator3D,
     DiscriminatorBlock,
     DiscriminatorConfig,
 )
-from magvit_fast.models.magvit_v2 import Decoder, Encoder, MagvitV2Config, MagvitV2Tokenizer
+from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
 from magvit_fast.nn.blocks import ResBlock3d
 from magvit_fast.nn.conv import CausalConv3d, SameConv3d
 from magvit_fast.nn.norm import AdaptiveGroupNorm, GroupNormSiLU
@@ -84,7 +85,7 @@ class Slot:
 def praxis_slots(module: nn.Module) -> list[Slot]:
     """Where every parameter of `module` lives in the port.
 
-    Takes a MagvitV2Tokenizer, its Encoder or Decoder, CausalConv3d (and Downsample), Upsample,
+    Takes a MagvitV2Tokenizer, its Encoder or Decoder, CausalConv3d, Upsample,
     ResBlock3d, GroupNormSiLU, AdaptiveGroupNorm, nn.Linear (a feed-forward layer there),
     DiscriminatorBlock or Discriminator3D.
 

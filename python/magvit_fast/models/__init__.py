@@ -5,7 +5,7 @@ from __future__ import annotations
 from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
 from magvit_fast.models.discriminator import Discriminator3D, DiscriminatorConfig
 from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
-from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer, TokenizerOutput
+from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
 from magvit_fast.models.masked_transformer import (
     MaskedTransformer,
     MaskedTransformerConfig,
@@ -13,6 +13,7 @@ from magvit_fast.models.masked_transformer import (
 )
 from magvit_fast.models.maskvit import MaskViTConfig, MaskViTTransformer
 from magvit_fast.models.tokenizers import load_tokenizer
+from magvit_fast.models.video_tokenizer import TokenizerOutput, VideoTokenizer
 
 __all__ = [
     "AutoregressiveTransformer",
@@ -28,5 +29,6 @@ __all__ = [
     "MaskedTransformerConfig",
     "TokenTransformer",
     "TokenizerOutput",
+    "VideoTokenizer",
     "load_tokenizer",
 ]

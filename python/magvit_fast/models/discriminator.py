@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from magvit_fast import ops
 from magvit_fast.models.checkpoint import PretrainedMixin
 from magvit_fast.nn.conv import SameConv3d
+from magvit_fast.nn.resample import average_pool
 from magvit_fast.ops._checks import check_tensor
 
 Pooling = Literal["blur", "average"]
@@ -103,8 +104,7 @@ class DiscriminatorBlock(nn.Module):
     def _pool(self, x: Tensor) -> Tensor:
         if self.pooling == "blur":
             return ops.blur_pool3d(x, filter_size=self.blur_size)
-        # padding cells of an odd axis are not counted
-        return F.avg_pool3d(x, 2, ceil_mode=True, count_include_pad=False)
+        return average_pool(x, (2, 2, 2))
 
 
 class Discriminator3D(PretrainedMixin, nn.Module):

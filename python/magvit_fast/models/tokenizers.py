@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeAlias
+from typing import Any
 
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models.checkpoint import stored_model_name
 from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
 from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
+from magvit_fast.models.video_tokenizer import VideoTokenizer
 
-VideoTokenizer: TypeAlias = MagvitTokenizer | MagvitV2Tokenizer
-VideoTokenizerConfig: TypeAlias = MagvitConfig | MagvitV2Config
+__all__ = ["VideoTokenizer", "load_tokenizer", "new_tokenizer"]
 
-_TOKENIZERS = (MagvitTokenizer, MagvitV2Tokenizer)
+_TOKENIZERS: tuple[type[VideoTokenizer], ...] = (MagvitTokenizer, MagvitV2Tokenizer)
 
 
-def new_tokenizer(config: VideoTokenizerConfig) -> VideoTokenizer:
+def new_tokenizer(config: MagvitConfig | MagvitV2Config) -> VideoTokenizer:
     """A freshly initialized tokenizer of the system that the config is of."""
     return (
         MagvitTokenizer(config) if isinstance(config, MagvitConfig) else MagvitV2Tokenizer(config)

@@ -1,12 +1,11 @@
-"""The residual block of the MAGVIT-v2 tokenizer."""
+"""The residual block of the MAGVIT and MAGVIT-v2 tokenizers."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from magvit_fast.nn.conv import CausalConv3d
-from magvit_fast.nn.norm import MAX_GROUPS, GroupNormSiLU
 from magvit_fast.nn.stream import StreamState
+from magvit_fast.nn.style import CAUSAL, LayerStyle
 
 
 class ResBlock3d(nn.Module):
@@ -22,15 +21,15 @@ class ResBlock3d(nn.Module):
         out_channels: int,
         *,
         conv_shortcut: bool = False,
-        norm_groups: int = MAX_GROUPS,
+        style: LayerStyle = CAUSAL,
     ) -> None:
         super().__init__()
-        self.norm1 = GroupNormSiLU(in_channels, groups=norm_groups)
-        self.conv1 = CausalConv3d(in_channels, out_channels, 3, bias=False)
-        self.norm2 = GroupNormSiLU(out_channels, groups=norm_groups)
-        self.conv2 = CausalConv3d(out_channels, out_channels, 3, bias=False)
+        self.norm1 = style.norm(in_channels)
+        self.conv1 = style.conv(in_channels, out_channels, bias=False)
+        self.norm2 = style.norm(out_channels)
+        self.conv2 = style.conv(out_channels, out_channels, bias=False)
         self.shortcut = (
-            CausalConv3d(in_channels, out_channels, 3 if conv_shortcut else 1, bias=False)
+            style.conv(in_channels, out_channels, 3 if conv_shortcut else 1, bias=False)
             if in_channels != out_channels
             else None
         )

@@ -158,8 +158,18 @@ class SameConv3d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)]."""
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
+
+        A stream can pass only where every frame is seen by itself: one tap in time.
+
+        Raises:
+            NotImplementedError: `state` is given to a layer that looks ahead in time.
+        """
+        if state is not None and self.kernel_size[0] > 1:
+            raise NotImplementedError(
+                f"state: a two-sided convolution of {self.kernel_size[0]} frames cannot stream"
+            )
         padding: list[int] = []
         for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride, strict=True):
             if self.pad_mode == "zeros":

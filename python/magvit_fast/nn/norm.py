@@ -89,11 +89,19 @@ class AdaptiveGroupNorm(nn.Module):
     are applied before the condition is repeated to x's resolution: the same values for less work.
     """
 
-    def __init__(self, channels: int, condition_channels: int, *, groups: int = MAX_GROUPS) -> None:
+    def __init__(
+        self,
+        channels: int,
+        condition_channels: int,
+        *,
+        groups: int = MAX_GROUPS,
+        per_frame: bool = True,
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.condition_channels = condition_channels
         self.num_groups = group_count(channels, groups)
+        self.per_frame = per_frame
         self.scale = nn.Linear(condition_channels, channels)
         self.shift = nn.Linear(condition_channels, channels)
         for linear in (self.scale, self.shift):
@@ -113,5 +121,11 @@ class AdaptiveGroupNorm(nn.Module):
             value = linear(condition.movedim(1, -1)).movedim(-1, 1)
             maps.append(upsample_nearest(value, factor, frames))
         return ops.group_norm_silu(
-            x, self.num_groups, eps=EPS, scale=maps[0], shift=maps[1], activation=None
+            x,
+            self.num_groups,
+            eps=EPS,
+            per_frame=self.per_frame,
+            scale=maps[0],
+            shift=maps[1],
+            activation=None,
         )

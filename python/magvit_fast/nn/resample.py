@@ -1,38 +1,95 @@
-"""Causal down- and up-sampling by two in space, and by two in time where asked."""
+"""Down- and up-sampling by two in space, and by two in time where asked: learned, or by pooling.
+
+In causal layers t frames become ceil(t / 2) and t slots become 2 t - 1 frames: slot 0 is the first
+frame alone.
+"""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magvit_fast import ops
-from magvit_fast.nn.conv import CausalConv3d
+from magvit_fast.nn.norm import upsample_nearest
 from magvit_fast.nn.stream import StreamState
+from magvit_fast.nn.style import CAUSAL, TWO_SIDED, LayerStyle
 
 
-class Downsample(CausalConv3d):
-    """Strided causal 4x4x4 convolution with bias, to ceil(T / s_t) x ceil(H / 2) x ceil(W / 2).
+def strided_conv(
+    channels: int, *, temporal: bool, kernel: int = 4, style: LayerStyle = CAUSAL
+) -> nn.Module:
+    """Strided convolution with bias, to ceil(T / s_t) x ceil(H / 2) x ceil(W / 2).
 
-    s_t is 2 where `temporal`, else 1. The paper's figure says 3x3x3; its parameter count (58M in
-    Table 5a) and Google's port say 4x4x4.
+    s_t is 2 where `temporal`, else 1. The figure of MAGVIT-v2 says 3x3x3; its parameter count (58M
+    in Table 5a) and Google's port say 4x4x4.
     """
-
-    def __init__(self, channels: int, *, temporal: bool) -> None:
-        super().__init__(channels, channels, 4, (2 if temporal else 1, 2, 2))
+    return style.conv(channels, channels, kernel, (2 if temporal else 1, 2, 2))
 
 
 class Upsample(nn.Module):
-    """Causal 3x3x3 convolution to s_t * 4 times the channels, then depth to space.
+    """Convolution 3x3x3 to s_t * 4 times the channels, then depth to space.
 
-    The first s_t - 1 frames of the result are dropped, so that t slots give s_t * (t - 1) + 1
-    frames; in a stream that happens in the first chunk only.
+    Causal: the first s_t - 1 frames of the result are dropped, so that t slots give
+    s_t * (t - 1) + 1 frames; in a stream that happens in the first chunk only.
     """
 
-    def __init__(self, channels: int, *, temporal: bool) -> None:
+    def __init__(self, channels: int, *, temporal: bool, style: LayerStyle = CAUSAL) -> None:
         super().__init__()
         self.factor = (2 if temporal else 1, 2, 2)
-        self.conv = CausalConv3d(channels, channels * self.factor[0] * 4, 3)
+        self.causal = style.causal
+        self.conv = style.conv(channels, channels * self.factor[0] * 4)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C, s_t * T - dropped, 2 H, 2 W]."""
-        drop = 0 if state is not None and state.started else self.factor[0] - 1
+        drop = _dropped(self.factor[0], self.causal, state)
         return ops.depth_to_space3d(self.conv(x, state), self.factor, drop_first=drop)
+
+
+def average_pool(x: Tensor, factor: tuple[int, int, int]) -> Tensor:
+    """Means over windows of `factor` cells (t, h, w); sizes round up, cells beyond do not count."""
+    # a window longer than its axis is refused by torch and would count the same cells
+    t, h, w = (min(k, n) for k, n in zip(factor, x.shape[2:], strict=True))
+    return F.avg_pool3d(x, (t, h, w), ceil_mode=True, count_include_pad=False)
+
+
+class AveragePool(nn.Module):
+    """Mean over windows of (s_t, 2, 2); odd sizes round up and count what is there alone.
+
+    Causal: windows end at frames 0, 2, 4, ..., the first one holds frame 0 alone.
+    """
+
+    def __init__(self, *, temporal: bool, style: LayerStyle = TWO_SIDED) -> None:
+        super().__init__()
+        self.factor = (2 if temporal else 1, 2, 2)
+        self.causal = style.causal
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, ceil(T / s_t), ceil(H / 2), ceil(W / 2)]."""
+        if _dropped(self.factor[0], self.causal, state):
+            x = torch.cat([x[:, :, :1], x], dim=2)  # frame 0 twice: the mean of it alone
+        return average_pool(x, self.factor)
+
+
+class NearestUpsample(nn.Module):
+    """Every value repeated (s_t, 2, 2) times, then a 3x3x3 convolution with bias.
+
+    Causal: the first s_t - 1 frames are dropped as in Upsample.
+    """
+
+    def __init__(self, channels: int, *, temporal: bool, style: LayerStyle = TWO_SIDED) -> None:
+        super().__init__()
+        self.factor = (2 if temporal else 1, 2, 2)
+        self.causal = style.causal
+        self.conv = style.conv(channels, channels)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, s_t * T - dropped, 2 H, 2 W]."""
+        frames = x.shape[2] * self.factor[0] - _dropped(self.factor[0], self.causal, state)
+        out: Tensor = self.conv(upsample_nearest(x, self.factor, frames), state)
+        return out
+
+
+def _dropped(time_factor: int, causal: bool, state: StreamState | None) -> int:
+    """Leading frames that a causal change of resolution leaves out; none in a running stream."""
+    return time_factor - 1 if causal and not (state is not None and state.started) else 0

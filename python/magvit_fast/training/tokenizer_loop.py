@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from magvit_fast.models.discriminator import Discriminator3D
+from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.tokenizers import new_tokenizer
 from magvit_fast.training.config import TokenizerTraining
 from magvit_fast.training.ema import Ema
@@ -72,9 +73,8 @@ class TokenizerTrainer:
         tokenizer.set_gradient_checkpointing(config.recompute_levels)
         discriminator = _new_discriminator(config)
         self.perceptual = _perceptual_loss(config, perceptual, accelerator)
-        self.lecam = LeCam(config.loss.lecam_decay, "v2" if config.model.causal else "v1").to(
-            accelerator.device
-        )
+        reading: Literal["v1", "v2"] = "v1" if isinstance(config.model, MagvitConfig) else "v2"
+        self.lecam = LeCam(config.loss.lecam_decay, reading).to(accelerator.device)
         self.networks = nn.ModuleDict({"tokenizer": tokenizer})
         if discriminator is not None:
             self.networks["discriminator"] = discriminator
