@@ -34,9 +34,7 @@ def run(args: argparse.Namespace) -> Outcome | None:
                 training.load_recipe(args.config, training.TokenizerTraining)
             )
         else:
-            result = training.train_transformer(
-                training.load_recipe(args.config, training.TransformerTraining)
-            )
+            result = training.train_transformer(training.load_transformer_recipe(args.config))
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one speaks
         return None
     last = result.history[-1] if result.history else {}

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from magvit_fast.data.actions import action_file, read_actions
 from magvit_fast.data.order import Draw
 from magvit_fast.data.synthetic import TRAIN_SEEDS, render_clip
 from magvit_fast.data.video import center_crop_resize, probe, read_video
@@ -48,13 +49,18 @@ IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".webp"])
 _NAMES_IN_WARNING = 20
 
 
-class Sample(TypedDict):
-    """video float32 [3, T, H, W] in [0, 1] (T = 1 for a still); class_id -1 without labels;
-    replaced: how many files could not be decoded and were passed over on the way to this one."""
-
+class _Sample(TypedDict):
     video: Tensor
     class_id: int
     replaced: int
+
+
+class Sample(_Sample, total=False):
+    """video float32 [3, T, H, W] in [0, 1] (T = 1 for a still); class_id -1 without labels;
+    replaced: how many files could not be decoded and were passed over on the way to this one;
+    actions float32 [T, A] where the data set has them."""
+
+    actions: Tensor
 
 
 class ClipSource(Protocol):
@@ -107,6 +113,9 @@ class VideoClips:
     frames: 1 + 4k for the causal tokenizer (checked by the model, not here).
     size: (height, width) or one number for both. The window cut out has this aspect ratio.
     labels: the name of a file's parent folder is its class, numbered in sorted order.
+    actions: every video has an array of actions beside it (see data/actions.py); one without, or
+        with a bad one or one of another width than the first, is passed over like a damaged file.
+        Needs strides (1,) and flip False: actions know neither skipped frames nor a mirror.
     quiet: no warnings about files that are unusable from the start (another process gives them).
 
     Raises FileFormatError when no usable file is left.
@@ -120,12 +129,19 @@ class VideoClips:
         size: int | tuple[int, int] = 128,
         augmentation: Augmentation = Augmentation(),
         labels: bool = False,
+        actions: bool = False,
         seed: int = 0,
         quiet: bool = False,
     ) -> None:
         if frames < 1:
             raise ValueError(f"frames: expected at least 1, got {frames}")
+        if actions and (augmentation.flip or augmentation.strides != (1,)):
+            raise ValueError(
+                "augmentation: expected flip False and strides (1,) with actions, "
+                f"got {augmentation.flip} and {augmentation.strides}"
+            )
         self.frames, self.seed, self.augmentation = frames, seed, augmentation
+        self.actions = actions
         self.size = (size, size) if isinstance(size, int) else size
         found = list_files(path)
         if not found:
@@ -133,7 +149,7 @@ class VideoClips:
                 f"{path}: no usable video: it names no video or image file "
                 f"({', '.join(sorted(VIDEO_SUFFIXES))})"
             )
-        lengths = _frame_counts(found, logging.DEBUG if quiet else logging.WARNING)
+        lengths = _frame_counts(found, logging.DEBUG if quiet else logging.WARNING, actions=actions)
         self.files = [file for file, length in zip(found, lengths, strict=True) if length]
         self.lengths = [length for length in lengths if length]
         shortest = (frames - 1) * min(augmentation.strides) + 1
@@ -167,6 +183,7 @@ class VideoClips:
         """Hash of everything that items depend on but the files' content."""
         files = [(str(f), n) for f, n in zip(self.files, self.lengths, strict=True)]
         facts = [files, self.frames, self.size, self.seed, asdict(self.augmentation)]
+        facts += ["actions"] * self.actions
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def __getitem__(self, draw: Draw) -> Sample:
@@ -176,17 +193,18 @@ class VideoClips:
             number = pool[(draw.index + replaced) % len(pool)]
             rng = np.random.default_rng([self.seed, draw.epoch, draw.index, int(draw.still)])
             try:
-                video = self._cut(number, 1 if draw.still else self.frames, rng)
+                sample = self._cut(number, 1 if draw.still else self.frames, rng)
             except FileFormatError as error:
                 self._warn(self.files[number], error)
                 continue
-            return {"video": video, "class_id": self._class(number), "replaced": replaced}
+            sample["replaced"] = replaced
+            return sample
         raise FileFormatError(
             f"{self.files[pool[0]].parent}: none of {len(pool)} files can be decoded; "
             "see the warnings above, re-encode or download them again"
         )
 
-    def _cut(self, number: int, frames: int, rng: np.random.Generator) -> Tensor:
+    def _cut(self, number: int, frames: int, rng: np.random.Generator) -> Sample:
         length, options = self.lengths[number], self.augmentation
         fitting = [s for s in options.strides if (frames - 1) * s < length]
         stride = int(rng.choice(fitting))
@@ -196,7 +214,12 @@ class VideoClips:
         mirrored = options.flip and rng.random() < 0.5
         video = read_video(self.files[number], frames=frames, start=start, stride=stride)
         video = _window(video, self.size, scale, (place[0], place[1]))
-        return video.flip(-1) if mirrored else video
+        video = video.flip(-1) if mirrored else video
+        sample: Sample = {"video": video, "class_id": self._class(number), "replaced": 0}
+        if self.actions:
+            rows = read_actions(self.files[number], length)
+            sample["actions"] = rows[start : start + frames].clone()
+        return sample
 
     def _class(self, number: int) -> int:
         return self.class_names.index(self.files[number].parent.name) if self.class_names else -1
@@ -247,17 +270,29 @@ def list_files(path: str | os.PathLike[str]) -> list[Path]:
     return [path.parent / line.strip() for line in lines if line.strip()]
 
 
-def _frame_counts(files: list[Path], level: int) -> list[int]:
-    """Frames of each file, 0 for those that cannot be read; these are named in one log entry."""
+def _frame_counts(files: list[Path], level: int, *, actions: bool = False) -> list[int]:
+    """Frames of each file, 0 for those that cannot be read (or whose actions cannot); these are
+    named in one log entry."""
+    widths: dict[Path, int] = {}
 
     def count(file: Path) -> int | FileFormatError:
         try:
-            return probe(file).frames
+            frames = probe(file).frames
+            if actions:
+                widths[file] = read_actions(file, frames).shape[1]
         except FileFormatError as error:
             return error
+        return frames
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         counts = list(pool.map(count, files))
+    width = next((widths[file] for file in files if file in widths), 0)
+    for i, file in enumerate(files):
+        if widths.get(file, width) != width:
+            counts[i] = FileFormatError(
+                f"{action_file(file)}: its actions have {widths[file]} numbers, those of the first "
+                f"video {width}"
+            )
     bad = [str(error) for error in counts if isinstance(error, FileFormatError)]
     if bad:
         more = (

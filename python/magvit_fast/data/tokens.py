@@ -2,9 +2,9 @@
 
 A token file is safetensors: "ids" [N, T', H', W'] in the narrowest integer type that holds the
 tokenizer's bits, for COMMIT where they differ from "ids" also "condition_ids" (tokens of the padded
-condition clip), with labels "class_ids" [N]. Its metadata carries a checksum and a header that says
-which tokenizer made the ids. A data set of tokens is a folder of such shards and index.json, which
-is written last: no index, no data set.
+condition clip), with labels "class_ids" [N], with actions "actions" float32 [N, T, A]. Its metadata
+carries a checksum and a header that says which tokenizer made the ids. A data set of tokens is a
+folder of such shards and index.json, which is written last: no index, no data set.
 """
 
 from __future__ import annotations
@@ -110,12 +110,13 @@ def save_tokens(
     *,
     condition_ids: Tensor | None = None,
     class_ids: Tensor | None = None,
+    actions: Tensor | None = None,
     job: str = "",
 ) -> str:
     """Write one token file, whole or not at all; returns its checksum.
 
-    ids, condition_ids: int64 [N, T', H', W'] on header.grid. class_ids: int64 [N]. job: see
-    `write_shard`.
+    ids, condition_ids: int64 [N, T', H', W'] on header.grid. class_ids: int64 [N]. actions:
+    [N, T, A], one row a frame. job: see `write_shard`.
     Raises ValueError for ids of another grid or outside the header's range.
     """
     tensors = {"ids": _packed("ids", ids, header)}
@@ -123,8 +124,16 @@ def save_tokens(
         tensors["condition_ids"] = _packed("condition_ids", condition_ids, header)
     if class_ids is not None:
         tensors["class_ids"] = class_ids.to("cpu", torch.int64).contiguous()
+    if actions is not None:
+        if actions.dim() != 3 or actions.shape[1] != header.video[0]:
+            raise ValueError(
+                f"actions: expected [N, {header.video[0]}, A], got {tuple(actions.shape)}"
+            )
+        tensors["actions"] = actions.to("cpu", torch.float32).contiguous()
     if any(len(t) != len(ids) for t in tensors.values()):
-        raise ValueError(f"class_ids, condition_ids: expected {len(ids)} entries, as many as ids")
+        raise ValueError(
+            f"class_ids, condition_ids, actions: expected {len(ids)} entries, as many as ids"
+        )
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -140,7 +149,7 @@ def save_tokens(
 def load_tokens(
     path: str | os.PathLike[str], *, fingerprint: str | None = None
 ) -> tuple[TokenHeader, dict[str, Tensor]]:
-    """Read a token file: its header and its tensors (as int64), checksum verified.
+    """Read a token file: its header and its tensors (ids as int64), checksum verified.
 
     fingerprint: of the tokenizer that will decode the ids; tokens of any other are refused.
     Raises FileFormatError for a missing, damaged or foreign file.
@@ -162,7 +171,7 @@ def load_tokens(
     ids = tensors.get("ids")
     if ids is None or tuple(ids.shape[1:]) != header.grid:
         raise _damaged(path, f"expected ids on the grid {header.grid}")
-    return header, {name: value.long() for name, value in tensors.items()}
+    return header, _widened(tensors)
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[TokenHeader, dict[str, str]]:
@@ -282,12 +291,13 @@ class TokenClips:
         return self._ends[-1]
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        """ids int64 [T', H', W'], where the data set has them condition_ids, class_ids (scalar)."""
+        """ids int64 [T', H', W'], where the data set has them condition_ids, class_ids (scalar),
+        actions float32 [T, A]."""
         if not 0 <= draw.index < self.num_clips:
             raise IndexError(f"index: expected 0 to {self.num_clips - 1}, got {draw.index}")
         number = bisect.bisect_right(self._ends, draw.index)
         row = draw.index - (self._ends[number - 1] if number else 0)
-        return {name: value[row].long() for name, value in self._shard(number).items()}
+        return _widened({name: value[row] for name, value in self._shard(number).items()})
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._loaded:
@@ -297,9 +307,14 @@ class TokenClips:
                 raise _damaged(path, f"expected {count} clips, found {len(tensors['ids'])}")
             narrow = id_dtype(self.header.num_bits)
             self._loaded[number] = {
-                k: v if k == "class_ids" else v.to(narrow) for k, v in tensors.items()
+                k: v.to(narrow) if k in ("ids", "condition_ids") else v for k, v in tensors.items()
             }
         return self._loaded[number]
+
+
+def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Integers of any width as int64; actions as they are."""
+    return {k: v if v.is_floating_point() else v.long() for k, v in tensors.items()}
 
 
 def _packed(name: str, ids: Tensor, header: TokenHeader) -> Tensor:

@@ -13,6 +13,7 @@ from magvit_fast.tasks.commit import (
     commit_mask,
     mask_ratio,
 )
+from magvit_fast.tasks.future_masking import FutureLoss, future_loss, given_frames, mask_future
 from magvit_fast.tasks.registry import (
     TASKS,
     ClipGeometry,
@@ -32,10 +33,14 @@ __all__ = [
     "CommitLoss",
     "ConditionMode",
     "FrameTask",
+    "FutureLoss",
     "RegionTask",
     "Task",
     "commit_loss",
     "commit_mask",
+    "future_loss",
     "get_task",
+    "given_frames",
+    "mask_future",
     "mask_ratio",
 ]

@@ -19,6 +19,7 @@ from magvit_fast.models.discriminator import DiscriminatorConfig
 from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformerConfig
+from magvit_fast.models.maskvit import MaskViTConfig
 from magvit_fast.models.presets import preset
 from magvit_fast.tasks import ConditionMode, get_task
 from magvit_fast.training.losses import TokenizerLossWeights
@@ -36,10 +37,16 @@ _PRESET_OWNERS: dict[type, str] = {
     MagvitV2Config: "MagvitV2Tokenizer",
     DiscriminatorConfig: "Discriminator3D",
     MaskedTransformerConfig: "MaskedTransformer",
+    MaskViTConfig: "MaskViTTransformer",
 }
 
-# What `system` may say in a table that can be of several config classes; the first is the default.
-_SYSTEMS: dict[str, type] = {"magvit-v2": MagvitV2Config, "magvit": MagvitConfig}
+# What `system` says in the table of a model; a table that can be of several classes is of the first
+# one that its type names where it does not say.
+_SYSTEMS: dict[type, str] = {
+    MagvitV2Config: "magvit-v2",
+    MagvitConfig: "magvit",
+    MaskViTConfig: "maskvit",
+}
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -61,6 +68,8 @@ class DataConfig:
     frames, size: of a clip. strides, crop_scale, flip: see data.clips.Augmentation.
     image_ratio: share of batches made of single images instead of clips.
     labels: a video's class is the name of its folder.
+    actions: a video's actions are in a NumPy file beside it, see data/actions.py; needs strides [1]
+        and no flip.
     """
 
     source: Literal["videos", "scenes"] = "videos"
@@ -73,8 +82,14 @@ class DataConfig:
     flip: bool = True
     image_ratio: float = 0.0
     labels: bool = False
+    actions: bool = False
 
     def __post_init__(self) -> None:
+        if self.actions and (self.source == "scenes" or self.flip or self.strides != (1,)):
+            raise ValueError(
+                "actions: expected source 'videos', strides [1] and flip false beside it, got "
+                f"{self.source!r}, {list(self.strides)} and {self.flip}"
+            )
         if self.source == "videos" and not self.path:
             raise ValueError("path: expected a folder or list of videos, got an empty name")
         if not 0.0 <= self.image_ratio <= 1.0:
@@ -263,14 +278,18 @@ def load_recipe(path: str | os.PathLike[str], kind: type[T]) -> T:
     Raises FileFormatError, which names the file and the key: no TOML, an unknown or missing key, a
     value of the wrong type or outside its range.
     """
+    return _build(kind, read_table(path), f"{path}: ", "", None)
+
+
+def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tables of a TOML file. Raises FileFormatError for a file that cannot be read as such."""
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path}: cannot be read ({error}); give a TOML recipe") from error
     except tomllib.TOMLDecodeError as error:
         raise FileFormatError(f"{path}: is no valid TOML: {error}") from error
-    return _build(kind, table, f"{path}: ", "", None)
 
 
 def _build(kind: type[T], table: dict[str, Any], file: str, prefix: str, base: T | None) -> T:
@@ -311,20 +330,22 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def _convert(value: Any, hint: Any, file: str, key: str, base: Any) -> Any:
     """The value as the type of the field, or an error that names file and key."""
     origin, arguments = get_origin(hint), get_args(hint)
+    systems = [choice for choice in (arguments or [hint]) if choice in _SYSTEMS]
+    if systems and isinstance(value, dict):
+        value = dict(value)
+        names = [_SYSTEMS[choice] for choice in systems]
+        system = value.pop("system", names[0])
+        if system not in names:
+            known = " or ".join(map(repr, names))
+            raise FileFormatError(f"{file}key '{key}.system': expected {known}, got {system!r}")
+        chosen = systems[names.index(system)]
+        return _build(chosen, value, file, f"{key}.", base if type(base) is chosen else None)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _build(hint, value, file, f"{key}.", base)  # type: ignore[arg-type]
     if origin is Literal:
         if value in arguments:
             return value
     elif origin in (Union, types.UnionType):
-        if isinstance(value, dict) and set(arguments) <= set(_SYSTEMS.values()):
-            value = dict(value)
-            system = value.pop("system", next(iter(_SYSTEMS)))
-            if system not in _SYSTEMS:
-                known = " or ".join(map(repr, _SYSTEMS))
-                raise FileFormatError(f"{file}key '{key}.system': expected {known}, got {system!r}")
-            chosen = _SYSTEMS[system]
-            return _build(chosen, value, file, f"{key}.", base if type(base) is chosen else None)
         for choice in arguments:
             if choice is not type(None):
                 return _convert(value, choice, file, key, base)

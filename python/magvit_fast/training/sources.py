@@ -25,6 +25,7 @@ def open_clips(config: DataConfig, seed: int, *, quiet: bool = False) -> ClipSou
         size=config.size,
         augmentation=Augmentation(config.crop_scale, config.flip, config.strides),
         labels=config.labels,
+        actions=config.actions,
         seed=seed,
         quiet=quiet,
     )

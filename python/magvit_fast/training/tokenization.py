@@ -26,6 +26,7 @@ from magvit_fast.errors import MissingExtraError
 from magvit_fast.models.tokenizers import VideoTokenizer
 from magvit_fast.tasks import ClipGeometry, FrameTask, Task
 from magvit_fast.training.config import TransformerTraining
+from magvit_fast.training.maskvit_config import MaskViTTraining
 from magvit_fast.training.sources import open_clips
 
 
@@ -50,13 +51,15 @@ def condition_differs(task: Task, geometry: ClipGeometry, time_stride: int) -> b
 
 def open_or_write_tokens(
     accelerator: Any,
-    config: TransformerTraining,
+    config: TransformerTraining | MaskViTTraining,
     tokenizer: VideoTokenizer,
-    task: Task,
+    task: Task | None,
     *,
     progress: bool = True,
 ) -> TokenClips:
     """The token shards of config.tokens.path, written first where there are none.
+
+    task: says whether condition tokens are stored too; None: they are not.
 
     Processes share the work in contiguous parts, so the set is the same for any number of them.
     Raises FileFormatError for shards of another tokenizer, or damaged ones.
@@ -70,9 +73,9 @@ def open_or_write_tokens(
 
 def _write(
     accelerator: Any,
-    config: TransformerTraining,
+    config: TransformerTraining | MaskViTTraining,
     tokenizer: VideoTokenizer,
-    task: Task,
+    task: Task | None,
     fingerprint: str,
     progress: bool,
 ) -> None:
@@ -85,7 +88,9 @@ def _write(
     rank, count = accelerator.process_index, accelerator.num_processes
     mine = draws[len(draws) * rank // count : len(draws) * (rank + 1) // count]
     geometry = clip_geometry(tokenizer, config.data.frames, config.data.size)
-    condition = task if condition_differs(task, geometry, tokenizer.config.time_stride) else None
+    stride = tokenizer.config.time_stride
+    stored = task is not None and condition_differs(task, geometry, stride)
+    condition = task if stored else None
     header = TokenHeader(fingerprint, tokenizer.config.num_bits, geometry.grid, geometry.size)
     encoder = _Encoder(accelerator, config, tokenizer, condition, geometry)
     shards = []
@@ -113,12 +118,13 @@ def _job(source: Any, draws: list[Draw], condition: Task | None) -> str:
 
 
 class _Encoder:
-    """Draws of a source -> ids, condition_ids where they differ, class_ids where there are labels."""
+    """Draws of a source -> ids, condition_ids where they differ, class_ids and actions where there
+    are any."""
 
     def __init__(
         self,
         accelerator: Any,
-        config: TransformerTraining,
+        config: TransformerTraining | MaskViTTraining,
         tokenizer: VideoTokenizer,
         condition: Task | None,
         geometry: ClipGeometry,
@@ -142,6 +148,8 @@ class _Encoder:
                 found["condition_ids"] = self.tokenizer.encode(padded)
             if source.class_names:
                 found["class_ids"] = batch["class_id"]
+            if "actions" in batch:
+                found["actions"] = batch["actions"]
             for name, value in found.items():
                 rows.setdefault(name, []).append(value.cpu())
             bar.update(len(video))

@@ -21,16 +21,22 @@ from magvit_fast.tasks import (
     get_task,
 )
 from magvit_fast.training.config import TaskConfig, TransformerTraining
+from magvit_fast.training.maskvit_config import MaskViTTraining
+from magvit_fast.training.maskvit_loop import train_maskvit
 from magvit_fast.training.network import NetworkTrainer, check_tokens, run_trainer
 from magvit_fast.training.run import TrainingResult, new_accelerator, step_seed
 from magvit_fast.training.tokenization import open_or_write_tokens
 
 
-def train_transformer(config: TransformerTraining, *, progress: bool = True) -> TrainingResult:
+def train_transformer(
+    config: TransformerTraining | MaskViTTraining, *, progress: bool = True
+) -> TrainingResult:
     """Train (or go on training) a masked transformer; the result is `config.run.output`/transformer.
 
     The token shards of `config.tokens.path` are written first if there are none.
     """
+    if isinstance(config, MaskViTTraining):
+        return train_maskvit(config, progress=progress)
     accelerator = new_accelerator(config.run)
     tokenizer = load_tokenizer(config.tokenizer)
     task = task_of(config.task)
