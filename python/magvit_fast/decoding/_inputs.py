@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from magvit_fast.models.masked_transformer import TokenTransformer
-from magvit_fast.tasks.registry import ClipGeometry, Task
+from magvit_fast.ops._checks import check_int
+from magvit_fast.tasks.registry import ClipGeometry, FrameTask, Task
 
 
 class Tokenizer(Protocol):
@@ -37,22 +39,27 @@ def checked_video(task: Task, geometry: ClipGeometry, video: Tensor | None) -> T
             f"video: task {task.name} needs one of at least {task.min_frames(geometry)} frames of "
             f"{geometry.height}x{geometry.width}, got None"
         )
-    if not isinstance(video, Tensor) or not video.is_floating_point():
-        kind = video.dtype if isinstance(video, Tensor) else type(video).__name__
-        raise TypeError(f"video: expected a floating-point Tensor, got {kind}")
-    size = (geometry.height, geometry.width)
-    if video.dim() == 5 and tuple(video.shape[3:]) != size:
-        raise ValueError(
-            f"video: expected {size[0]}x{size[1]} pixels (the transformer's {geometry.grid[1]}x"
-            f"{geometry.grid[2]} tokens through this tokenizer), got "
-            f"{video.shape[3]}x{video.shape[4]}"
-        )
+    check_pixels("video", video, geometry)
     task.check_video(video, geometry)
-    if video.numel():
-        low, high = (float(v) for v in video.detach().aminmax())
-        if not (low >= 0.0 and high <= 1.0):  # not: NaN fails too
-            raise ValueError(f"video: expected values in [0, 1], got {low} to {high}")
     return video
+
+
+def check_pixels(name: str, pixels: Tensor, geometry: ClipGeometry) -> None:
+    """Floating, the last two axes of the models' size, values in [0, 1]; else the error that says so."""
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise TypeError(f"{name}: expected a floating-point Tensor, got {kind}")
+    height, width = geometry.height, geometry.width
+    if pixels.dim() >= 2 and tuple(pixels.shape[-2:]) != (height, width):
+        raise ValueError(
+            f"{name}: expected {height}x{width} pixels (the transformer's {geometry.grid[1]}x"
+            f"{geometry.grid[2]} tokens through this tokenizer), got "
+            f"{pixels.shape[-2]}x{pixels.shape[-1]}"
+        )
+    if pixels.numel():
+        low, high = (float(v) for v in pixels.detach().aminmax())
+        if not (low >= 0.0 and high <= 1.0):  # not: NaN fails too
+            raise ValueError(f"{name}: expected values in [0, 1], got {low} to {high}")
 
 
 def checked_classes(
@@ -85,10 +92,8 @@ def checked_classes(
     return classes.to(transformer.position_embedding.device, torch.int64)
 
 
-def check_devices(
-    tokenizer: Tokenizer, transformer: TokenTransformer, video: Tensor | None
-) -> None:
-    device = transformer.position_embedding.device
+def check_devices(tokenizer: Tokenizer, transformer: nn.Module, video: Tensor | None) -> None:
+    device = next(transformer.parameters()).device
     if isinstance(tokenizer, nn.Module):
         other = next(tokenizer.parameters()).device
         if other != device:
@@ -112,3 +117,18 @@ def evaluation(*models: object) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, before, strict=True):
             module.training = mode
+
+
+def count_windows(task: Task, geometry: ClipGeometry, frames: int | None) -> tuple[int, int]:
+    """How many clips make `frames` frames, and by how many frames they overlap."""
+    if frames is not None:
+        check_int("frames", frames, least=1)
+    if frames is None or frames <= geometry.frames:
+        return 1, 0
+    if not isinstance(task, FrameTask) or task.last:
+        raise ValueError(
+            f"frames: task {task.name} makes one clip of {geometry.frames} frames, got {frames}; "
+            "only frame prediction goes further"
+        )
+    given = task.num_first(geometry)
+    return 1 + math.ceil((frames - geometry.frames) / (geometry.frames - given)), given

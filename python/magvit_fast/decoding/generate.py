@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,26 +13,33 @@ from magvit_fast.decoding._inputs import (
     check_devices,
     checked_classes,
     checked_video,
+    count_windows,
     evaluation,
 )
 from magvit_fast.decoding.autoregressive import AutoregressiveDecoding, decode_autoregressive
 from magvit_fast.decoding.confidence import Noise
 from magvit_fast.decoding.masked import MaskedDecoding, Predict, decode_masked
+from magvit_fast.decoding.maskvit import MaskViTDecoding, frame_geometry, generate_frames
 from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
 from magvit_fast.models.masked_transformer import TokenTransformer
-from magvit_fast.ops._checks import check_int, check_number
-from magvit_fast.tasks.registry import ClipGeometry, FrameTask, Task, get_task
+from magvit_fast.models.maskvit import MaskViTTransformer
+from magvit_fast.ops._checks import check_number
+from magvit_fast.tasks.registry import ClipGeometry, Task, get_task
 
 T = TypeVar("T")
 
 
-def clip_geometry(tokenizer: Tokenizer, transformer: TokenTransformer) -> ClipGeometry:
+def clip_geometry(
+    tokenizer: Tokenizer, transformer: TokenTransformer | MaskViTTransformer
+) -> ClipGeometry:
     """The clip, in pixels and tokens, that this pair of models makes.
 
     Raises:
         ValueError: the two do not fit: their tokens have different numbers of bits.
     """
+    if isinstance(transformer, MaskViTTransformer):
+        return frame_geometry(tokenizer, transformer)
     ours, theirs = transformer.config, tokenizer.config
     if ours.num_bits != theirs.num_bits:
         raise ValueError(
@@ -50,14 +56,16 @@ def clip_geometry(tokenizer: Tokenizer, transformer: TokenTransformer) -> ClipGe
 
 def generate(
     tokenizer: Tokenizer,
-    transformer: TokenTransformer,
+    transformer: TokenTransformer | MaskViTTransformer,
     *,
     task: str | Task,
     video: Tensor | None = None,
     class_id: int | Sequence[int] | Tensor | None = None,
+    goal: Tensor | None = None,
+    actions: Tensor | None = None,
     steps: int = 12,
     schedule: str = "cosine",
-    choice_temperature: float = 4.5,
+    choice_temperature: float | None = 4.5,
     temperature: float = 1.0,
     guidance: float | Guidance = 0.0,
     seed: int = 0,
@@ -73,6 +81,10 @@ def generate(
     the settings it takes temperature, top_k, top_p, seed and noise; steps, schedule and
     choice_temperature say nothing there, and guidance has to be 0.
 
+    With a FrameTokenizer and a MaskViTTransformer, by MaskViT's rules (see decoding.maskvit): given
+    frames stay, frame_prediction (1 given frame; dataclasses.replace for more) and
+    frame_interpolation are its tasks, goal and actions its own arguments.
+
     Args:
         tokenizer, transformer: a pair that fits, on one device.
         task: a name of tasks.TASKS, or a Task (dataclasses.replace changes, say, the number of
@@ -81,7 +93,10 @@ def generate(
             prediction looks at its first frames alone (5 for a causal tokenizer), interpolation at
             both ends, the others at all frames of one clip. None for class_generation.
         class_id: for the two class-conditional tasks, one id or B of them.
-        steps, schedule, choice_temperature, temperature, top_k, top_p: see decoding.MaskedDecoding.
+        goal: MaskViT: the frame that the clip is to end with, [B, C, H, W] in [0, 1].
+        actions: MaskViT with actions: [B, frames of the result, A], row t is taken at frame t.
+        steps, schedule, choice_temperature, temperature, top_k, top_p: see decoding.MaskedDecoding;
+            choice_temperature None = 0, no noise.
         guidance: the scale s in conditional + s * (conditional - unconditional), or a Guidance.
         seed: same seed, same device, same inputs: same video.
         fixed_condition: condition tokens stay as they are in place of being refined, for models
@@ -104,6 +119,29 @@ def generate(
     geometry = clip_geometry(tokenizer, transformer)
     if not isinstance(guidance, Guidance):
         guidance = Guidance(check_number("guidance", guidance))
+    common: dict[str, Any] = {
+        "steps": steps,
+        "schedule": schedule,
+        "temperature": temperature,
+        "choice_temperature": 0.0 if choice_temperature is None else choice_temperature,
+        "guidance": guidance,
+        "seed": seed,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    if isinstance(transformer, MaskViTTransformer):
+        if class_id is not None:
+            raise ValueError(f"class_id: expected None, MaskViT has no classes; got {class_id!r}")
+        return generate_frames(
+            tokenizer, transformer, chosen, MaskViTDecoding(**common),
+            video=video, goal=goal, actions=actions, frames=frames,
+            noise=None if noise is None else list(noise),
+        )  # fmt: skip
+    if goal is not None or actions is not None:
+        raise ValueError(
+            "goal, actions: expected None, only a MaskViTTransformer takes them; this one is a "
+            f"{type(transformer).__name__}"
+        )
     settings: MaskedDecoding | AutoregressiveDecoding
     if isinstance(transformer, AutoregressiveTransformer):
         if guidance.scale > 0 or fixed_condition:
@@ -114,22 +152,12 @@ def generate(
         settings = AutoregressiveDecoding(temperature, top_k, top_p, seed)
         passes = geometry.num_tokens
     else:
-        settings = MaskedDecoding(
-            steps=steps,
-            schedule=schedule,
-            temperature=temperature,
-            choice_temperature=choice_temperature,
-            guidance=guidance,
-            seed=seed,
-            top_k=top_k,
-            top_p=top_p,
-            fixed_condition=fixed_condition,
-        )
+        settings = MaskedDecoding(**common, fixed_condition=fixed_condition)
         passes = steps
     video = checked_video(chosen, geometry, video)
     classes = checked_classes(chosen, transformer, class_id, None if video is None else len(video))
     check_devices(tokenizer, transformer, video)
-    windows, given = _count_windows(chosen, geometry, frames)
+    windows, given = count_windows(chosen, geometry, frames)
     if noise is not None and windows > 1:
         raise ValueError(f"noise: expected None for a result of {windows} clips, got {len(noise)}")
     clips: list[Tensor] = []
@@ -262,18 +290,3 @@ def _networks(
         return logits
 
     return conditional, unconditional
-
-
-def _count_windows(task: Task, geometry: ClipGeometry, frames: int | None) -> tuple[int, int]:
-    """How many clips make `frames` frames, and by how many frames they overlap."""
-    if frames is not None:
-        check_int("frames", frames, least=1)
-    if frames is None or frames <= geometry.frames:
-        return 1, 0
-    if not isinstance(task, FrameTask) or task.last:
-        raise ValueError(
-            f"frames: task {task.name} makes one clip of {geometry.frames} frames, got {frames}; "
-            "only frame prediction goes further"
-        )
-    given = task.num_first(geometry)
-    return 1 + math.ceil((frames - geometry.frames) / (geometry.frames - given)), given

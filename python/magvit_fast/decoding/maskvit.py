@@ -8,12 +8,20 @@ stay masked, those of least confidence, and what is kept stays kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from magvit_fast.decoding._inputs import (
+    Tokenizer,
+    check_devices,
+    check_pixels,
+    checked_video,
+    count_windows,
+    evaluation,
+)
 from magvit_fast.decoding.confidence import Confidence, Noise
 from magvit_fast.decoding.masked import MaskedDecoding, Predict, decode_masked
 from magvit_fast.decoding.schedules import masked_counts
@@ -91,6 +99,32 @@ class MaskViTDecoding(MaskedDecoding):
         if isinstance(self.schedule, str):
             return masked_counts(self.schedule, num_tokens, self.steps)
         return super().counts(num_tokens)
+
+
+def frame_geometry(tokenizer: Tokenizer, transformer: FramePredictor) -> ClipGeometry:
+    """The longest clip, in pixels and tokens, that this pair of models makes.
+
+    Raises:
+        ValueError: the two do not fit: other codebooks, or a tokenizer that joins frames.
+    """
+    ours, theirs = transformer.config, tokenizer.config
+    bits = ours.codebook_size.bit_length() - 1
+    if bits != theirs.num_bits:
+        raise ValueError(
+            f"transformer: its {ours.codebook_size} codes are {bits} bits, but the tokenizer's ids "
+            f"have {theirs.num_bits} bits; use the transformer that was trained on this "
+            "tokenizer's tokens"
+        )
+    if theirs.time_stride != 1:
+        raise ValueError(
+            "tokenizer: expected one that takes every frame by itself (a FrameTokenizer) for a "
+            f"MaskViT transformer, got {type(tokenizer).__name__} with {theirs.time_stride} frames "
+            "a slot"
+        )
+    rows, columns = ours.grid
+    stride = theirs.space_stride
+    size = (ours.frames, rows * stride, columns * stride)
+    return ClipGeometry(*size, (ours.frames, rows, columns), causal=False)
 
 
 def known_frames(task: Task, geometry: ClipGeometry, goal: bool = False) -> Tensor:
@@ -213,3 +247,79 @@ def decode_frames(
         first_step=first_step,
     )
     return tokens.view(ids.shape)
+
+
+def generate_frames(
+    tokenizer: Tokenizer,
+    transformer: FramePredictor,
+    task: Task,
+    settings: MaskViTDecoding,
+    *,
+    video: Tensor | None,
+    goal: Tensor | None = None,
+    actions: Tensor | None = None,
+    frames: int | None = None,
+    noise: Sequence[Noise] | None = None,
+) -> Tensor:
+    """Given frames and what the model makes of the others: [B, C, T, H, W] in [0, 1].
+
+    Arguments as in mf.generate. A result shorter than the model's clip is decoded at its own length.
+    In a longer one every window is given the last tokens of the one before, and the last window is
+    as short as what is missing. The given frames come back as the tokenizer reconstructs them.
+    """
+    geometry = frame_geometry(tokenizer, transformer)
+    windows, given = count_windows(task, geometry, frames)
+    if frames is not None and windows == 1:
+        geometry = replace(geometry, frames=frames, grid=(frames, *geometry.grid[1:]))
+    known = known_frames(task, geometry, goal is not None)
+    if windows > 1 and (noise is not None or goal is not None):
+        raise ValueError(f"noise, goal: expected None for a result of {windows} clips, got one")
+    video = checked_video(task, geometry, video)
+    assert video is not None  # frame tasks have one, or checked_video raised
+    if isinstance(transformer, nn.Module):
+        check_devices(tokenizer, transformer, video)
+    total = geometry.frames if windows == 1 or frames is None else frames
+    actions = checked_actions(actions, transformer.config, len(video), total, video.device)
+    context = _context(tokenizer, task, geometry, video, goal)
+    clips: list[Tensor] = []
+    for window in range(windows):
+        start = window * (geometry.frames - given)
+        length = min(geometry.frames, total - start)
+        ids = context.new_zeros(len(context), length, *geometry.grid[1:])
+        ids[:, known[:length]] = context
+        with evaluation(tokenizer, transformer):
+            ids = decode_frames(
+                transformer, ids, known[:length], settings, noise=noise,
+                actions=None if actions is None else actions[:, start : start + length],
+                first_step=window * settings.steps,
+            )  # fmt: skip
+            clips.append(tokenizer.decode(ids if window == 0 else ids[:, given:]))
+        context = ids[:, length - given :]
+    return torch.cat(clips, dim=2)
+
+
+def _context(
+    tokenizer: Tokenizer, task: Task, geometry: ClipGeometry, video: Tensor, goal: Tensor | None
+) -> Tensor:
+    """Tokens of the given frames alone, in order: int64 [B, K, h, w]."""
+    assert isinstance(task, FrameTask)  # known_frames has looked
+    parts = [video[:, :, : task.num_first(geometry)]]
+    if task.last:
+        parts.append(video[:, :, video.shape[2] - task.last :])
+    if goal is not None:
+        check_pixels("goal", goal, geometry)
+        expected = (video.shape[0], video.shape[1], geometry.height, geometry.width)
+        if tuple(goal.shape) != expected or goal.device != video.device:
+            raise ValueError(
+                f"goal: expected {expected} (batch and channels of video) on {video.device}, "
+                f"got {tuple(goal.shape)} on {goal.device}"
+            )
+        parts.append(goal.unsqueeze(2).to(video.dtype))
+    with evaluation(tokenizer):
+        ids = tokenizer.encode(torch.cat(parts, dim=2))
+    if tuple(ids.shape[2:]) != geometry.grid[1:]:
+        raise ValueError(
+            f"transformer: its grid is {geometry.grid[1:]}, but the tokenizer makes "
+            f"{tuple(ids.shape[2:])} tokens of a frame of {geometry.height}x{geometry.width}"
+        )
+    return ids
