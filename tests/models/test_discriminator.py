@@ -31,7 +31,8 @@ def channels_first(array: np.ndarray) -> torch.Tensor:
 
 def golden_block(golden: dict[str, np.ndarray], case: str) -> DiscriminatorBlock:
     kernel = golden[f"{case}/param/conv_last/w"]
-    block = DiscriminatorBlock(*kernel.shape[3:], blur_size=int(golden[f"{case}/filter_size"]))
+    config = DiscriminatorConfig(blur_size=int(golden[f"{case}/filter_size"]))
+    block = DiscriminatorBlock(*kernel.shape[3:], config)
     load_praxis(block, golden, case)
     return block
 
@@ -200,3 +201,33 @@ def test_average_pooling_takes_axes_that_are_used_up() -> None:
     logits = Discriminator3D(config)(torch.rand(2, 3, 4, 8, 8))
     assert logits.shape == (2, 1)
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("pooling", ["blur", "average"])
+def test_the_image_discriminator_is_the_3d_one_on_one_frame_but_for_dimmed_pooling(
+    pooling: str,
+) -> None:
+    """One frame meets the middle slice of each 3D kernel alone; blur pooling halves it there."""
+    torch.manual_seed(0)
+    shape = {"clip": (1, 9, 12), "filters": 4, "channel_multipliers": (2, 3), "pooling": pooling}
+    flat, full = (
+        Discriminator3D(DiscriminatorConfig(**shape, frame_by_frame=flat)) for flat in (True, False)
+    )
+    state = {k: v[:, :, v.shape[2] // 2 :][:, :, :1] if v.dim() == 5 else v
+             for k, v in full.state_dict().items()}  # fmt: skip
+    flat.load_state_dict(state)
+    image = torch.rand(2, 3, 1, 9, 12)
+    block, whole = flat.blocks[0], full.blocks[0]
+    x = torch.rand(2, 4, 1, 9, 12)
+    pooled, dimmed = block._pool(x), whole._pool(x)
+    torch.testing.assert_close(pooled, dimmed * (2 if pooling == "blur" else 1))
+    if pooling == "average":
+        torch.testing.assert_close(flat(image), full(image))
+    constant = torch.ones(1, 4, 1, 9, 12)
+    inside = block._pool(constant)[..., 1:-1, 1:-1]
+    torch.testing.assert_close(inside, torch.ones_like(inside))
+
+
+def test_an_image_discriminator_takes_no_clips() -> None:
+    with pytest.raises(ValueError, match="frame_by_frame: expected clips of one frame, got 17"):
+        DiscriminatorConfig(frame_by_frame=True)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from magvit_fast.models import MagvitV2Config, MagvitV2Tokenizer
+from magvit_fast.models import Discriminator3D, MagvitV2Config, MagvitV2Tokenizer
 from magvit_fast.models.presets import PRESETS
 from magvit_fast.nn.stream import StreamState
 
@@ -69,7 +69,10 @@ def test_the_demo_fits_into_the_package() -> None:
     assert model.config.latent_shape(17, 64, 64) == (5, 8, 8)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS["MagvitV2Tokenizer"]))
+VIDEO_PRESETS = [name for name in sorted(PRESETS["MagvitV2Tokenizer"]) if "image" not in name]
+
+
+@pytest.mark.parametrize("preset", VIDEO_PRESETS)
 def test_shape_chain(preset: str) -> None:
     """17 -> 9 -> 5 in the encoder, 5 -> 9 -> 17 in the decoder; on the meta device, at full width."""
     with torch.device("meta"):
@@ -79,6 +82,21 @@ def test_shape_chain(preset: str) -> None:
     assert out.z.shape == (1, bits, 5, 16, 16)
     assert out.ids.shape == (1, 5, 16, 16)
     assert out.reconstruction.shape == (1, 3, 17, 128, 128)
+
+
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_image_tokenizers_make_16_by_16_tokens(size: int) -> None:
+    """And their 2D discriminators end on an 8 x 8 or 4 x 4 grid."""
+    name = f"magvit-v2-image-{size}"
+    with torch.device("meta"):
+        model, judge = MagvitV2Tokenizer.from_preset(name), Discriminator3D.from_preset(name)
+        out = model(torch.rand(1, 3, 1, size, size))
+        assert judge(out.reconstruction).shape == (1, 1)
+    assert out.z.shape == (1, 18, 1, 16, 16)
+    assert out.reconstruction.shape == (1, 3, 1, size, size)
+    assert model.config.space_stride == size // 16
+    kernels = [p for p in (*model.parameters(), *judge.parameters()) if p.dim() == 5]
+    assert {p.shape[2] for p in kernels} == {1}
 
 
 def test_frames_at_every_level() -> None:

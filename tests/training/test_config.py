@@ -13,6 +13,7 @@ from magvit_fast.errors import FileFormatError
 from magvit_fast.models.discriminator import Discriminator3D
 from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config
+from magvit_fast.models.masked_transformer import MaskedTransformer
 from magvit_fast.training.config import TokenizerTraining, TransformerTraining, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -53,6 +54,42 @@ def test_published_values():
     assert recipe.optimizer.betas == (0.9, 0.96)
     assert (recipe.optimizer.weight_decay, recipe.optimizer.clip_norm) == (0.045, 1.0)
     assert recipe.task.label_smoothing == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "classes", "batch", "parameters"),
+    [
+        ("magvit-v2-l-imagenet-256", (1, 16, 16), 1000, 1024, 306_753_536),
+        ("magvit-v2-l-imagenet-512", (1, 16, 16), 1000, 1024, 306_753_536),
+        ("magvit-v2-l-ucf101-class-generation", (5, 16, 16), 101, 256, 306_881_536),
+    ],
+)
+def test_class_conditional_recipes_of_magvit_v2(name, grid, classes, batch, parameters):
+    recipe = load_recipe(RECIPES / f"{name}.toml", TransformerTraining)
+    assert (recipe.model.grid, recipe.model.num_classes) == (grid, classes)
+    assert (recipe.run.batch_size, recipe.task.class_drop) == (batch, 0.1)
+    assert recipe.data.labels
+    assert recipe.data.crop_scale == (0.8, 1.0)
+    with torch.device("meta"):
+        model = MaskedTransformer(recipe.model)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_image_tokenizer_recipes(size):
+    """Each with the discriminator that judges its images; the video model starts from the first."""
+    path = RECIPES / f"magvit-v2-image-{size}-tokenizer.toml"
+    recipe = load_recipe(path, TokenizerTraining)
+    assert (recipe.data.frames, recipe.data.size) == (1, size)
+    assert recipe.model.frame_by_frame
+    assert recipe.model.latent_shape(1, size, size) == (1, 16, 16)
+    assert recipe.discriminator.frame_by_frame
+    assert recipe.run.steps == pytest.approx(270 * 1_281_167 / recipe.run.batch_size, rel=1e-3)
+    video = load_recipe(RECIPES / "magvit-v2-base-tokenizer.toml", TokenizerTraining)
+    assert video.init_from == "runs/magvit-v2-image-128-tokenizer/tokenizer"
+    assert video.inflation == "last"
+    if size == 128:
+        assert recipe.model.channel_multipliers == video.model.channel_multipliers
 
 
 def test_published_values_of_magvit():

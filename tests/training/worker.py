@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.training.tiny import tokenizer_recipe, transformer_recipe
+from tests.training.tiny import SCENES, tokenizer_recipe, transformer_recipe
 
 from magvit_fast.training.config import OptimizerConfig
 from magvit_fast.training.run import new_accelerator
@@ -46,8 +46,12 @@ def gradients(folder: Path) -> None:
 
 
 def tokenizer(folder: Path) -> None:
+    """Every other batch is one of single images."""
     recipe = tokenizer_recipe(
-        folder, steps=4, optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1)
+        folder,
+        steps=4,
+        data=dataclasses.replace(SCENES, image_ratio=0.5),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1),
     )
     write(folder, train_tokenizer(recipe, progress=False).history)
 

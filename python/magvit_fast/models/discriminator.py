@@ -30,7 +30,8 @@ class DiscriminatorConfig:
     clip: (T, H, W) of the videos; the first dense layer fixes it. filters: width f of the first
     layer; every block halves t, h and w (rounding up) and widens to f * multiplier. pooling: "blur"
     (MAGVIT-v2) with a filter of blur_size taps, or "average" (MAGVIT: its L model has this
-    config with clip (16, 128, 128), its B model with 64 filters).
+    config with clip (16, 128, 128), its B model with 64 filters). frame_by_frame: the 2D
+    discriminator of images (clips of one frame): kernels 1 x k x k, pooling in space alone.
     """
 
     clip: tuple[int, int, int] = (17, 128, 128)
@@ -40,6 +41,7 @@ class DiscriminatorConfig:
     blur_size: int = 3
     negative_slope: float = 0.2
     pooling: Pooling = "blur"
+    frame_by_frame: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip", tuple(int(n) for n in self.clip))
@@ -56,6 +58,10 @@ class DiscriminatorConfig:
         for name in ("in_channels", "filters", "blur_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        if self.frame_by_frame and self.clip[0] != 1:
+            raise ValueError(
+                f"frame_by_frame: expected clips of one frame, got {self.clip[0]} frames"
+            )
 
     @property
     def final_grid(self) -> tuple[int, int, int]:
@@ -70,6 +76,18 @@ class DiscriminatorConfig:
         return self.final_grid[0] == 1
 
 
+def _conv(
+    config: DiscriminatorConfig,
+    channels: int,
+    out_channels: int,
+    kernel: int = 3,
+    *,
+    bias: bool = True,
+) -> SameConv3d:
+    size = (1 if config.frame_by_frame else kernel, kernel, kernel)
+    return SameConv3d(channels, out_channels, size, bias=bias)
+
+
 class DiscriminatorBlock(nn.Module):
     """(main + skip) / sqrt(2); [B, C, T, H, W] -> [B, out, ceil(T/2), ceil(H/2), ceil(W/2)].
 
@@ -77,34 +95,29 @@ class DiscriminatorBlock(nn.Module):
     conv 1x1x1 without bias.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        *,
-        blur_size: int = 3,
-        negative_slope: float = 0.2,
-        pooling: Pooling = "blur",
-    ) -> None:
+    def __init__(self, channels: int, out_channels: int, config: DiscriminatorConfig) -> None:
         super().__init__()
-        self.conv_first = SameConv3d(channels, channels, 3)
-        self.conv_last = SameConv3d(channels, out_channels, 3)
-        self.conv_skip = SameConv3d(channels, out_channels, 1, bias=False)
-        self.blur_size = blur_size
-        self.negative_slope = negative_slope
-        self.pooling = pooling
+        self.conv_first = _conv(config, channels, channels)
+        self.conv_last = _conv(config, channels, out_channels)
+        self.conv_skip = _conv(config, channels, out_channels, 1, bias=False)
+        self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        main = F.leaky_relu(self.conv_first(x), self.negative_slope)
-        main = self.conv_last(self._pool(main))
-        main = F.leaky_relu(main, self.negative_slope)
+        slope = self.config.negative_slope
+        main = F.leaky_relu(self.conv_first(x), slope)
+        main = F.leaky_relu(self.conv_last(self._pool(main)), slope)
         skip: Tensor = self.conv_skip(self._pool(x))
         return (main + skip) * math.sqrt(0.5)
 
     def _pool(self, x: Tensor) -> Tensor:
-        if self.pooling == "blur":
-            return ops.blur_pool3d(x, filter_size=self.blur_size)
-        return average_pool(x, (2, 2, 2))
+        if self.config.pooling == "average":
+            return average_pool(x, (2, 2, 2))
+        size = self.config.blur_size
+        pooled = ops.blur_pool3d(x, filter_size=size)
+        if self.config.frame_by_frame:
+            # the filter's tap on the only frame is taken out again: nothing is blurred in time
+            pooled = pooled * (2 ** (size - 1) / math.comb(size - 1, (size - 1) // 2))
+        return pooled
 
 
 class Discriminator3D(PretrainedMixin, nn.Module):
@@ -117,18 +130,11 @@ class Discriminator3D(PretrainedMixin, nn.Module):
         super().__init__()
         self.config = config
         widths = [config.filters * m for m in (1, *config.channel_multipliers)]
-        self.conv_in = SameConv3d(config.in_channels, widths[0], 3)
+        self.conv_in = _conv(config, config.in_channels, widths[0])
         self.blocks = nn.ModuleList(
-            DiscriminatorBlock(
-                width,
-                out,
-                blur_size=config.blur_size,
-                negative_slope=config.negative_slope,
-                pooling=config.pooling,
-            )
-            for width, out in itertools.pairwise(widths)
+            DiscriminatorBlock(width, out, config) for width, out in itertools.pairwise(widths)
         )
-        self.conv_out = SameConv3d(widths[-1], widths[-1], 3)
+        self.conv_out = _conv(config, widths[-1], widths[-1])
         self.dense = nn.Linear(widths[-1] * math.prod(config.final_grid), widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
         for layer in (self.dense, self.logit):

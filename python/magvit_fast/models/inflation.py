@@ -1,7 +1,8 @@
 """From a 2D tokenizer to a 3D one: every k x k kernel becomes a k_t x k x k kernel.
 
 Source: MAGVIT section 3.1 and the released code ("central", the default, and "average"), MAGVIT-v2
-section 3.2 ("last", for causal convolutions).
+section 3.2 ("last", for causal convolutions; the paper's "central" inflation changed to the present
+frame). Discriminators are not inflated by MAGVIT-v2: they start from scratch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from magvit_fast.nn.resample import Upsample
 from magvit_fast.ops._checks import check_choice
 
 InflationMode = Literal["central", "average", "last"]
@@ -49,7 +51,11 @@ def inflate(
     """Start a 3D model from a 2D one of the same layout, in place.
 
     Parameters of the same name and shape are copied, kernels of the same widths and size in space
-    are inflated, and whatever does not fit keeps its values.
+    are inflated, and whatever does not fit keeps its values. A convolution before depth to space
+    that makes two frames where the 2D one made one gives the 2D result for both.
+
+    With "last" (or "central" for two-sided convolutions) the causal model so made equals the 2D one
+    on clips of one frame: what is padded in front of the first frame meets zeros.
 
     Args:
         model: the 3D model, for example a MagvitTokenizer.
@@ -66,8 +72,11 @@ def inflate(
     given = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
     kept: list[str] = []
     parameters = dict(model.named_parameters())
+    doubled = _outputs_of_upsamplers(model)
     for name, target in parameters.items():
         value = given.get(name)
+        if value is not None and name in doubled and 2 * len(value) == len(target):
+            value = torch.cat([value, value])  # the frame's axis is the slowest of the channels
         if value is not None and value.shape == target.shape:
             target.copy_(value)
         elif value is not None and _fits(value, target):
@@ -77,6 +86,12 @@ def inflate(
     if parameters and len(kept) == len(parameters):
         raise ValueError("source: no parameter has the name and the shape of one of the model's")
     return kept
+
+
+def _outputs_of_upsamplers(model: nn.Module) -> set[str]:
+    """Names of the parameters that make s_t * 4 times the channels, ordered (s_t, 2, 2, C)."""
+    layers = [name for name, m in model.named_modules() if isinstance(m, Upsample)]
+    return {f"{name}.conv.{part}" for name in layers for part in ("weight", "bias")}
 
 
 def _fits(kernel: Tensor, target: Tensor) -> bool:

@@ -31,6 +31,26 @@ def _magvit(layers: int, hidden: int, heads: int, mlp: int) -> dict[str, Any]:
     }
 
 
+def _image(*multipliers: int) -> dict[str, Any]:
+    return {
+        "filters": 128,
+        "channel_multipliers": multipliers,
+        "temporal_downsample": (False,) * (len(multipliers) - 1),
+        "num_res_blocks": 4,
+        "num_bits": 18,
+        "frame_by_frame": True,
+    }
+
+
+def _image_discriminator(size: int, *multipliers: int) -> dict[str, Any]:
+    return {
+        "clip": (1, size, size),
+        "filters": 128,
+        "channel_multipliers": multipliers,
+        "frame_by_frame": True,
+    }
+
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "MagvitV2Tokenizer": {
         # MAGVIT-v2, appendix architecture figure: 376,003,221 parameters, 17x128x128 -> 5x16x16.
@@ -49,6 +69,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_res_blocks": 2,
             "num_bits": 18,
         },
+        # The image tokenizers: 18 bits, 16x16 tokens (at 8, 16 and 32 pixels a token). Their widths are
+        # not published. At 128 pixels these are the video tokenizer's, which is inflated from it; at
+        # 256 the multipliers are those of the open 2D model with the published strides; at 512 one more
+        # level of the first width.
+        "magvit-v2-image-128": _image(1, 2, 2, 4),
+        "magvit-v2-image-256": _image(1, 1, 2, 2, 4),
+        "magvit-v2-image-512": _image(1, 1, 1, 2, 2, 4),
         # The model of `magvit-fast demo`: 17x64x64 -> 5x8x8 = 320 tokens of 16 bits. Its 3.7M
         # parameters take 7.4 MB as float16, of the 16 MB for all shipped weights (a last width of
         # 128 would take 17.9 MB).
@@ -101,6 +128,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_subtokens": 2,
             "subtoken_size": 512,
         },
+        # The same for the image tokenizers' 16x16 tokens: 306.75M with 1000 classes (ImageNet).
+        "magvit-v2-l-image": {
+            "hidden_size": 1024,
+            "num_layers": 24,
+            "num_heads": 16,
+            "mlp_size": 4096,
+            "grid": (1, 16, 16),
+            "num_subtokens": 2,
+            "subtoken_size": 512,
+            "num_classes": 1000,
+        },
         # MAGVIT's B, L and H (the last in the released code alone) for 4x16x16 tokens: 87M, 306M and
         # 634M parameters. Single-task: the prefix is [class]; num_classes=101 is UCF-101.
         **{f"magvit-{size}": _magvit(*shape) for size, shape in _MAGVIT_SIZES.items()},
@@ -134,6 +172,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "filters": 128,
             "channel_multipliers": (2, 4, 4, 4, 4),
         },
+        # Of the image tokenizers, 2D. Multipliers: as for video, of the open 2D model, one block more.
+        "magvit-v2-image-128": _image_discriminator(128, 2, 4, 4, 4, 4),
+        "magvit-v2-image-256": _image_discriminator(256, 2, 2, 4, 4, 4),
+        "magvit-v2-image-512": _image_discriminator(512, 2, 2, 4, 4, 4, 4),
         # For training the demo's tokenizer.
         "magvit-v2-demo": {
             "clip": (17, 64, 64),

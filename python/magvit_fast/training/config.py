@@ -66,7 +66,10 @@ class DataConfig:
     source: "videos" reads `path` (a folder, or a text file that lists files); "scenes" renders
         `scenes` synthetic training scenes.
     frames, size: of a clip. strides, crop_scale, flip: see data.clips.Augmentation.
-    image_ratio: share of batches made of single images instead of clips.
+    image_ratio: share of batches made of single images instead of clips, spread evenly over the
+        steps: 0.25 makes every fourth batch one of images (which have the clips' size).
+    image_path: where those images come from, a folder or list as `path`; empty: single frames of
+        the clips, and the image files beside them. Images alone need no ratio: frames = 1.
     labels: a video's class is the name of its folder.
     actions: a video's actions are in a NumPy file beside it, see data/actions.py; needs strides [1]
         and no flip.
@@ -74,6 +77,7 @@ class DataConfig:
 
     source: Literal["videos", "scenes"] = "videos"
     path: str = ""
+    image_path: str = ""
     scenes: int = 100_000
     frames: int = 17
     size: int = 128
@@ -94,6 +98,10 @@ class DataConfig:
             raise ValueError("path: expected a folder or list of videos, got an empty name")
         if not 0.0 <= self.image_ratio <= 1.0:
             raise ValueError(f"image_ratio: expected a share in [0, 1], got {self.image_ratio}")
+        if self.image_path and not self.image_ratio:
+            raise ValueError(
+                f"image_path: no batch takes images while image_ratio is 0, got {self.image_path!r}"
+            )
         for name in ("scenes", "frames", "size"):
             _at_least(name, getattr(self, name), 1)
 
@@ -174,7 +182,11 @@ class TokenizerTraining:
     """Stage one. The discriminator's clip is set from [data]; loss.adversarial 0 trains without it.
 
     model: of MAGVIT-v2, or of MAGVIT where its table says system = "magvit".
-
+    init_from: a folder or hub id of a tokenizer whose weights this one starts with: one of the same
+        layout, or a 2D one (frame_by_frame), whose kernels are inflated. The discriminator starts
+        from scratch in any case (MAGVIT-v2).
+    inflation: see models.inflation; "auto" is the published "last" for causal models and "central"
+        for others.
     perceptual_weights: a folder or hub id of an ImageNet ResNet-50 (see training/perceptual.py); empty
         leaves the perceptual loss out. ema_decay: of the generator's average, which is the result.
     recompute_levels: see MagvitV2Tokenizer.set_gradient_checkpointing.
@@ -187,6 +199,8 @@ class TokenizerTraining:
     loss: TokenizerLossWeights = field(default_factory=TokenizerLossWeights)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    init_from: str = ""
+    inflation: Literal["auto", "central", "average", "last"] = "auto"
     perceptual_weights: str = ""
     ema_decay: float = 0.999
     recompute_levels: tuple[int, ...] = ()

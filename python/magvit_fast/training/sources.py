@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from magvit_fast.data.clips import Augmentation, ClipSource, SceneClips, VideoClips
-from magvit_fast.data.order import BatchOrder
+from magvit_fast.data.clips import Augmentation, ClipSource, Sample, SceneClips, VideoClips
+from magvit_fast.data.order import BatchOrder, Draw
 from magvit_fast.training.config import DataConfig
 
 
@@ -17,11 +18,18 @@ def open_clips(config: DataConfig, seed: int, *, quiet: bool = False) -> ClipSou
 
     quiet: leave the warnings about unusable files to another process.
     """
+    if config.image_path:
+        clips = open_clips(replace(config, image_path=""), seed, quiet=quiet)
+        return JointSource(clips, _video_clips(config, config.image_path, 1, seed, quiet))
     if config.source == "scenes":
         return SceneClips(config.scenes, frames=config.frames, size=config.size)
+    return _video_clips(config, config.path, config.frames, seed, quiet)
+
+
+def _video_clips(config: DataConfig, path: str, frames: int, seed: int, quiet: bool) -> VideoClips:
     return VideoClips(
-        config.path,
-        frames=config.frames,
+        path,
+        frames=frames,
         size=config.size,
         augmentation=Augmentation(config.crop_scale, config.flip, config.strides),
         labels=config.labels,
@@ -29,6 +37,19 @@ def open_clips(config: DataConfig, seed: int, *, quiet: bool = False) -> ClipSou
         seed=seed,
         quiet=quiet,
     )
+
+
+class JointSource:
+    """Clips of one data set and stills of another (see data.clips.ClipSource)."""
+
+    def __init__(self, clips: ClipSource, images: ClipSource) -> None:
+        self.clips, self.images = clips, images
+        self.num_clips, self.num_stills = clips.num_clips, images.num_stills
+        self.class_names = clips.class_names
+        self.identity = f"{clips.identity} and images {images.identity}"
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        return (self.images if draw.still else self.clips)[draw]
 
 
 def batch_loader(source: Any, order: BatchOrder, start: int, stop: int, workers: int) -> Any:

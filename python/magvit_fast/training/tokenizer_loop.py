@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from magvit_fast.errors import FileFormatError
 from magvit_fast.models.discriminator import Discriminator3D
+from magvit_fast.models.inflation import InflationMode, inflate
 from magvit_fast.models.magvit import MagvitConfig
-from magvit_fast.models.tokenizers import new_tokenizer
+from magvit_fast.models.tokenizers import load_tokenizer, new_tokenizer
+from magvit_fast.models.video_tokenizer import VideoTokenizer
+from magvit_fast.training.checkpoints import latest_checkpoint
 from magvit_fast.training.config import TokenizerTraining
 from magvit_fast.training.ema import Ema
 from magvit_fast.training.losses import (
@@ -70,6 +74,8 @@ class TokenizerTrainer:
     ) -> None:
         self.accelerator, self.config = accelerator, config
         tokenizer = new_tokenizer(config.model)
+        if config.init_from and latest_checkpoint(Path(config.run.output) / "checkpoints") is None:
+            start_from(tokenizer, config.init_from, config.inflation, accelerator.is_main_process)
         tokenizer.set_gradient_checkpointing(config.recompute_levels)
         discriminator = _new_discriminator(config)
         self.perceptual = _perceptual_loss(config, perceptual, accelerator)
@@ -158,6 +164,26 @@ class TokenizerTrainer:
         self.optimizer.step()
         self.ema.update(self.accelerator.unwrap_model(self.tokenizer))
         return values
+
+
+def start_from(
+    tokenizer: VideoTokenizer, source: str, mode: str = "auto", report: bool = True
+) -> None:
+    """Copy or inflate (models.inflation) the weights of a stored tokenizer.
+
+    report: warn about parameters that keep their own values.
+
+    Raises:
+        FileFormatError: nothing that can be read there, or nothing of it fits.
+    """
+    if mode == "auto":
+        mode = "last" if tokenizer.config.causal else "central"
+    try:
+        kept = inflate(tokenizer, load_tokenizer(source), cast(InflationMode, mode))
+    except ValueError as error:
+        raise FileFormatError(f"init_from: {source}: {error}") from error
+    if kept and report:
+        log.warning("%s: not in it or of another shape, so left as they are: %s", source, kept)
 
 
 def run_in_full_precision(module: nn.Module, device_type: str) -> None:
