@@ -13,11 +13,14 @@ from magvit_fast.cli.main import main
 from magvit_fast.data.synthetic import render_clip
 from magvit_fast.data.video import write_video
 from magvit_fast.models import (
+    MagvitConfig,
+    MagvitTokenizer,
     MagvitV2Config,
     MagvitV2Tokenizer,
     MaskedTransformer,
     MaskedTransformerConfig,
 )
+from magvit_fast.tasks import TASKS
 
 pytest.importorskip("av")
 
@@ -60,6 +63,38 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     )
     MaskedTransformer(transformer).save_pretrained(folder / "transformer")
     return Models(*(str(folder / name) for name in ("tokenizer", "other", "transformer")))
+
+
+@pytest.fixture(scope="session")
+def first_generation(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A MAGVIT pair: 8 frames of 16 x 16 <-> 4 x 4 x 4 tokens of 6 bits; all tasks, two classes."""
+    folder = tmp_path_factory.mktemp("v1")
+    tokenizer = MagvitConfig(
+        filters=8,
+        channel_multipliers=(1, 1, 1),
+        temporal_downsample=(True, False),
+        num_res_blocks=1,
+        codebook_size=64,
+        embedding_dim=8,
+    )
+    torch.manual_seed(2)
+    MagvitTokenizer(tokenizer).save_pretrained(folder / "tokenizer")
+    transformer = MaskedTransformerConfig(
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        mlp_size=32,
+        grid=(4, 4, 4),
+        num_subtokens=1,
+        subtoken_size=64,
+        num_classes=2,
+        prompts=tuple(TASKS),
+    )
+    MaskedTransformer(transformer).save_pretrained(folder / "transformer")
+    return [
+        *("--tokenizer", str(folder / "tokenizer")),
+        *("--transformer", str(folder / "transformer")),
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -116,26 +116,6 @@ def test_generate_bad_input(fails: Callable, models: Any, clip: str, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def first_generation(tmp_path: Path) -> list[str]:
-    """A MAGVIT pair: 8 frames of 16 x 16 <-> 4 x 4 x 4 tokens of 6 bits."""
-    tokenizer = MagvitConfig(
-        filters=8,
-        channel_multipliers=(1, 1, 1),
-        temporal_downsample=(True, False),
-        num_res_blocks=1,
-        codebook_size=64,
-        embedding_dim=8,
-    )
-    MagvitTokenizer(tokenizer).save_pretrained(tmp_path / "v1")
-    transformer = MaskedTransformerConfig(
-        hidden_size=16, num_layers=1, num_heads=2, mlp_size=32, grid=(4, 4, 4), num_subtokens=1,
-        subtoken_size=64,
-    )  # fmt: skip
-    MaskedTransformer(transformer).save_pretrained(tmp_path / "v1-transformer")
-    return ["--tokenizer", str(tmp_path / "v1"), "--transformer", str(tmp_path / "v1-transformer")]
-
-
 def test_a_first_generation_pair(
     cli: Callable, fails: Callable, first_generation: list[str], clip: str, tmp_path: Path
 ) -> None:

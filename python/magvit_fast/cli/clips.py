@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from magvit_fast.data.video import iter_frames, read_video
 from magvit_fast.errors import FileFormatError
 
 
-def read_clip(path: str, shape: tuple[int, int, int], start: int = 0) -> Tensor:
+def read_clip(path: str | Path, shape: tuple[int, int, int], start: int = 0) -> Tensor:
     """[1, 3, T, H, W]: the frames from `start` on, center-cropped and resized.
 
     Raises FileFormatError where the file holds fewer than T frames.
@@ -22,7 +23,7 @@ def read_clip(path: str, shape: tuple[int, int, int], start: int = 0) -> Tensor:
     return clip.unsqueeze(0)
 
 
-def iter_clips(path: str, shape: tuple[int, int, int]) -> Iterator[Tensor]:
+def iter_clips(path: str | Path, shape: tuple[int, int, int]) -> Iterator[Tensor]:
     """Consecutive clips [1, 3, T, H, W] of a file, one in memory; a short rest is left out.
 
     Raises FileFormatError where the file holds not even one.

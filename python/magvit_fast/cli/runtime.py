@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from magvit_fast import _native
 from magvit_fast.data.atomic import check_writable
-from magvit_fast.errors import FileFormatError
+from magvit_fast.errors import FileFormatError, MissingExtraError
 from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
 from magvit_fast.models import load_tokenizer as load_stored
 from magvit_fast.models.tokenizers import VideoTokenizer
@@ -99,6 +100,36 @@ def pick_device(name: str) -> torch.device:
                 f"--device: {name!r} is not there: torch {torch.__version__} sees {count} GPUs"
             )
     return device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of `count` processes this one is, and the device that it has for itself."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def several_processes(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that torchrun or `accelerate launch` has started; alone without them.
+
+    Raises MissingExtraError: there are several, but accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield Processes(0, 1, device)
+        return
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise MissingExtraError("accelerate", "train", "working in several processes") from error
+    state = PartialState(cpu=device.type == "cpu")
+    try:
+        own = device if device.type == "cpu" else state.device
+        yield Processes(state.process_index, state.num_processes, own)
+    finally:
+        state.destroy_process_group()
 
 
 def implementation(device: torch.device) -> str:

@@ -213,7 +213,7 @@ class VideoClips:
         place = rng.random(2)
         mirrored = options.flip and rng.random() < 0.5
         video = read_video(self.files[number], frames=frames, start=start, stride=stride)
-        video = _window(video, self.size, scale, (place[0], place[1]))
+        video = cut_window(video, self.size, scale, (place[0], place[1]))
         video = video.flip(-1) if mirrored else video
         sample: Sample = {"video": video, "class_id": self._class(number), "replaced": 0}
         if self.actions:
@@ -308,15 +308,19 @@ def _frame_counts(files: list[Path], level: int, *, actions: bool = False) -> li
     return [0 if isinstance(c, FileFormatError) else c for c in counts]
 
 
-def _window(
+def cut_window(
     video: Tensor, size: tuple[int, int], scale: float, place: tuple[float, float]
 ) -> Tensor:
-    """Cut a window of the target's aspect ratio (scale: share of the largest), resize to `size`."""
+    """Cut a window of the target's aspect ratio out of [3, T, H, W], resize it to `size`.
+
+    scale: its side as a share of the largest that fits. place: (vertical, horizontal) position in
+    the room that is left, in [0, 1].
+    """
     height, width = video.shape[-2:]
     unit = min(height / size[0], width / size[1]) * scale
     crop_h = max(1, min(height, round(size[0] * unit)))
     crop_w = max(1, min(width, round(size[1] * unit)))
-    top = int(place[0] * (height - crop_h + 1))
-    left = int(place[1] * (width - crop_w + 1))
+    top = min(int(place[0] * (height - crop_h + 1)), height - crop_h)
+    left = min(int(place[1] * (width - crop_w + 1)), width - crop_w)
     window = video[..., top : top + crop_h, left : left + crop_w]
     return center_crop_resize(window.movedim(0, 1), size).movedim(1, 0).contiguous()
