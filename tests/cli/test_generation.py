@@ -116,15 +116,25 @@ def test_generate_bad_input(fails: Callable, models: Any, clip: str, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_a_first_generation_pair(
-    cli: Callable, fails: Callable, first_generation: list[str], clip: str, tmp_path: Path
-) -> None:
-    """It is evaluated; tokens of videos of any length need a causal tokenizer."""
-    result = cli("evaluate", clip, *first_generation, "--prediction", "--steps", "2", "--json")
+def test_a_first_generation_pair(cli: Callable, first_generation: list[str], clip: str) -> None:
+    words = ("evaluate", clip, *first_generation, "--prediction", "--steps", "2", "--json")
+    result = cli(*words)
     assert result.status == 0, result.err
     assert json.loads(result.out)["files"][0]["clips"] == 3
-    line = fails("tokenize", clip, "-o", tmp_path / "t", *first_generation[:2])
-    assert "expected a MagvitV2Tokenizer" in line
+
+
+def test_a_first_generation_demo(
+    cli: Callable, first_generation: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("demo", "--out", tmp_path, *first_generation, "--repeats", "1", "--steps", "2")
+    result = cli(*words)
+    assert result.status == 0, result.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["frames"], report["given_frames"], report["tokens"]) == (8, 1, 64)
+    again = tmp_path / "again.mp4"
+    assert cli("detokenize", tmp_path / "tokens.safetensors", "-o", again, *first_generation[:2])
+    assert probe(again).frames == 8
 
 
 def test_models_that_do_not_fit(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:
@@ -340,6 +350,13 @@ def test_bench(cli: Callable, models: Any) -> None:
         ours, reference = facts[f"{part}_seconds"], facts[f"reference_{part}_seconds"]
         assert facts[f"{part}_speedup"] == pytest.approx(reference / ours)
     assert "frames/s" in cli(*words, "--repeats", "1", "--dtype", "bfloat16").out
+
+
+def test_bench_of_a_first_generation_tokenizer(cli: Callable, first_generation: list[str]) -> None:
+    words = ("bench", *first_generation[:2], "--size", "16", "--repeats", "1", "--json")
+    result = cli(*words)
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["shape"] == [1, 3, 16, 16, 16]
 
 
 def test_bench_bad_input(fails: Callable, models: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from magvit_fast.data.tokens import TokenHeader, load_tokens, save_tokens
 from magvit_fast.data.video import probe, read_video, write_video
-from magvit_fast.models import MagvitV2Tokenizer
+from magvit_fast.models import MagvitTokenizer, MagvitV2Tokenizer
 
 
 @pytest.mark.parametrize("frames", [1, 4, 5, 6, 30])
@@ -74,6 +75,65 @@ def test_detokenized_frames_are_the_decoders(
     write_video(tmp_path / "expected.mp4", expected, 12.0, crf=0)
     difference = read_video(video) - read_video(tmp_path / "expected.mp4")
     assert difference.abs().max() <= 2 / 255  # chunks may round differently from the whole
+
+
+@pytest.mark.parametrize("frames", [1, 8, 9, 30])
+def test_round_trip_clip_by_clip(
+    cli: Callable, first_generation: list[str], clip: str, tmp_path: Path, frames: int
+) -> None:
+    """MAGVIT's tokens depend on their whole clip: a video is cut into clips, the last one filled."""
+    tokens, video = tmp_path / "clip.safetensors", tmp_path / "again.mp4"
+    model = first_generation[:2]
+    words = ("--frames", str(frames), "--clip-frames", "8", "--json")
+    result = cli("tokenize", clip, "-o", tokens, *model, *words)
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    clips = -(-frames // 8)
+    assert (facts["frames"], facts["clip_frames"]) == (frames, 8)
+    assert facts["grid"] == [4 * clips, 6, 8]
+    header, tensors = load_tokens(tokens)
+    assert (header.clip, header.video) == (8, (8 * clips, 24, 32))
+    whole = read_video(clip, frames=frames)
+    whole = torch.cat([whole, whole[:, -1:].expand(-1, 8 * clips - frames, -1, -1)], dim=1)
+    tokenizer = MagvitTokenizer.from_pretrained(model[1])
+    with torch.inference_mode():
+        pieces = [tokenizer.encode(part.unsqueeze(0)) for part in whole.split(8, dim=1)]
+        expected = torch.cat([tokenizer.decode(ids)[0] for ids in pieces], dim=1)[:, :frames]
+    assert torch.equal(tensors["ids"], torch.cat(pieces, dim=1))
+
+    result = cli("detokenize", tokens, "-o", video, *model, "--crf", "0", "--json")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["frames"] == probe(video).frames == frames
+    write_video(tmp_path / "expected.mp4", expected, 12.0, crf=0)
+    assert (read_video(video) - read_video(tmp_path / "expected.mp4")).abs().max() <= 2 / 255
+
+
+def test_clips_of_16_frames_unless_told(
+    cli: Callable, first_generation: list[str], clip: str, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "t.safetensors"
+    result = cli("tokenize", clip, "-o", tokens, *first_generation[:2])
+    assert "clips of 16 frames" in result.out
+    assert load_tokens(tokens)[0].video == (32, 24, 32)
+
+
+def test_clips_that_do_not_fit(
+    cli: Callable, fails: Callable, models: Any, first_generation: list[str], clip: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    tokens, model = tmp_path / "t.safetensors", first_generation[:2]
+    line = fails("tokenize", clip, "-o", tokens, *model, "--clip-frames", "7")
+    assert "--clip-frames: expected a multiple of 2, got 7" in line
+    line = fails(
+        "tokenize", clip, "-o", tokens, "--tokenizer", models.tokenizer, "--clip-frames", "8"
+    )
+    assert "leave it out" in line
+    cli("tokenize", clip, "-o", tokens, *model, "--clip-frames", "8")
+    header, tensors = load_tokens(tokens)
+    wrong = dataclasses.replace(header, grid=(15, 6, 8))
+    save_tokens(tokens, wrong, tensors["ids"][:, :15])
+    line = fails("detokenize", tokens, "-o", tmp_path / "v.mp4", *model)
+    assert f"{tokens}: its 15 slots are no whole clips of 8 frames" in line
 
 
 def test_text_output_names_rate_and_file(

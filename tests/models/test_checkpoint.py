@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from magvit_fast.errors import FileFormatError, FileWriteError, MissingExtraError
-from magvit_fast.models import MagvitV2Config, MagvitV2Tokenizer, checkpoint
+from magvit_fast.models import MagvitTokenizer, MagvitV2Config, MagvitV2Tokenizer, checkpoint
+from magvit_fast.models.tokenizers import tokenizer_from_preset
 
 CONFIG = MagvitV2Config(
     filters=4,
@@ -267,3 +268,11 @@ def test_what_is_no_hub_id_asks_no_hub(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileFormatError, match=r"config.json: no such file|no such directory"):
         MagvitV2Tokenizer.from_pretrained(name)
+
+
+def test_tokenizer_presets_by_name_alone() -> None:
+    assert isinstance(tokenizer_from_preset("magvit-v2-demo"), MagvitV2Tokenizer)
+    with torch.device("meta"):
+        assert isinstance(tokenizer_from_preset("magvit-b-64"), MagvitTokenizer)
+    with pytest.raises(ValueError, match=r"no preset 'magvit-l-v2' .* there are .*magvit-b-64"):
+        tokenizer_from_preset("magvit-l-v2")

@@ -21,7 +21,7 @@ from magvit_fast.cli.runtime import (
     table,
 )
 from magvit_fast.cli.timing import tokenizer_seconds
-from magvit_fast.models import MagvitV2Tokenizer
+from magvit_fast.models.tokenizers import tokenizer_from_preset
 
 HELP = "Time encoding and decoding on this machine, native against pure PyTorch."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_option(parser)
     parser.add_argument("--preset", help="time a fresh model of this preset instead")
     parser.add_argument("--batch", type=positive_int, default=1)
-    parser.add_argument("--frames", type=positive_int, default=17)
+    parser.add_argument("--frames", type=positive_int, help="default: 17; 16 for MAGVIT")
     parser.add_argument("--size", type=frame_size, default=(64, 64), metavar="N|HxW")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     parser.add_argument("--repeats", type=positive_int, default=5)
@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> Outcome:
         elif args.tokenizer is not None:
             raise ValueError("--preset: expected one of --preset and --tokenizer, got both")
         else:
-            tokenizer = MagvitV2Tokenizer.from_preset(args.preset).eval().to(device)
+            tokenizer = tokenizer_from_preset(args.preset).eval().to(device)
         dtype = _DTYPES[args.dtype]
         generator = torch.Generator().manual_seed(0)
-        shape = (args.batch, 3, args.frames, *args.size)
+        frames = args.frames or (17 if tokenizer.config.causal else 16)
+        shape = (args.batch, 3, frames, *args.size)
         video = torch.rand(shape, generator=generator).to(device, dtype)
         facts: dict[str, Any] = {
             **tokenizer_seconds(tokenizer.to(dtype), video, args.repeats),

@@ -41,7 +41,8 @@ from magvit_fast.data.tokens import VideoSource
 from magvit_fast.data.video import probe, write_video
 from magvit_fast.decoding import clip_geometry
 from magvit_fast.metrics import psnr, ssim
-from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
+from magvit_fast.models import MaskedTransformer
+from magvit_fast.models.tokenizers import VideoTokenizer
 from magvit_fast.tasks import FrameTask, get_task
 
 HELP = "Tokenize, rebuild and continue a clip; write videos, a picture and a report."
@@ -125,7 +126,7 @@ def _input(
 
 
 def _predictor(
-    tokenizer: MagvitV2Tokenizer,
+    tokenizer: VideoTokenizer,
     transformer: MaskedTransformer,
     video: Tensor,
     args: argparse.Namespace,
@@ -161,7 +162,7 @@ def _scores(scene: _Scene, num_bits: int) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, tokenizer: MagvitV2Tokenizer, scene: _Scene, report: dict[str, Any]) -> None:
+def _write(out: Path, tokenizer: VideoTokenizer, scene: _Scene, report: dict[str, Any]) -> None:
     frames, height, width = scene.video.shape[2:]
     write_video(out / "reconstruction.mp4", scene.reconstruction[0], scene.fps, crf=_CRF)
     write_video(out / "prediction.mp4", scene.prediction[0], scene.fps, crf=_CRF)

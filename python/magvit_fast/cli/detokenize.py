@@ -20,9 +20,10 @@ from magvit_fast.cli.runtime import (
     running,
     table,
 )
-from magvit_fast.data.tokens import load_tokens, tokenizer_fingerprint
+from magvit_fast.data.tokens import TokenHeader, load_tokens, tokenizer_fingerprint
 from magvit_fast.data.video import write_frames
 from magvit_fast.errors import FileFormatError
+from magvit_fast.models.tokenizers import VideoTokenizer
 
 HELP = "Turn a token file back into a video file."
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> Outcome:
         check_output(args.output, args.tokens)
         began = time.perf_counter()
         with progress("detokenize", source.frames, "frames") as advance:
-            video = tokenizer.decode_stream(ids.to(device))
+            video = _decoded(args.tokens, tokenizer, header, ids.to(device))
             frames = itertools.islice(_frames(video), source.frames)  # the filled-in tail goes
             shown = _advancing(frames, advance)
             written = write_frames(args.output, shown, source.fps, crf=args.crf)
@@ -74,6 +75,21 @@ def run(args: argparse.Namespace) -> Outcome:
         }
     )
     return Outcome(facts, text)
+
+
+def _decoded(
+    path: str, tokenizer: VideoTokenizer, header: TokenHeader, ids: Tensor
+) -> Iterator[Tensor]:
+    """Piece after piece, or clip after clip where the tokenizer looks ahead."""
+    if tokenizer.streams:
+        return tokenizer.decode_stream(ids)
+    slots = (header.clip or header.video[0]) // tokenizer.config.time_stride
+    if slots < 1 or ids.shape[1] % slots:
+        raise FileFormatError(
+            f"{path}: its {ids.shape[1]} slots are no whole clips of {header.clip} frames; "
+            "tokenize the video again"
+        )
+    return (tokenizer.decode(piece) for piece in ids.split(slots, dim=1))
 
 
 def _frames(chunks: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ from magvit_fast.cli.runtime import (
     check_output,
     frame_size,
     implementation,
-    load_any_tokenizer,
+    load_tokenizer,
     load_transformer,
     positive_int,
     running,
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> Outcome | None:
         if args.output:
             check_output(args.output, *args.videos)
         files = _files(args.videos)
-        tokenizer = load_any_tokenizer(args.tokenizer, processes.device)
+        tokenizer = load_tokenizer(args.tokenizer, processes.device)
         if args.task is not None or args.protocol is not None:
             transformer = load_transformer(args.transformer, processes.device)
             facts, text = generation_quality.measure_generation(

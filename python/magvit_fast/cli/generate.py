@@ -21,7 +21,7 @@ from magvit_fast.cli.runtime import (
     add_transformer_option,
     check_output,
     implementation,
-    load_any_tokenizer,
+    load_tokenizer,
     load_transformer,
     positive_int,
     running,
@@ -91,7 +91,7 @@ def shipped_decoding() -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> Outcome:
     with running(args) as device:
-        tokenizer = load_any_tokenizer(args.tokenizer, device)
+        tokenizer = load_tokenizer(args.tokenizer, device)
         transformer = load_transformer(args.transformer, device)
         check_output(args.output, args.video)
         given = _given(args, clip_geometry(tokenizer, transformer))

@@ -17,7 +17,7 @@ import torch
 from magvit_fast import _native
 from magvit_fast.data.atomic import check_writable
 from magvit_fast.errors import FileFormatError, MissingExtraError
-from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
+from magvit_fast.models import MaskedTransformer
 from magvit_fast.models import load_tokenizer as load_stored
 from magvit_fast.models.tokenizers import VideoTokenizer
 
@@ -190,13 +190,8 @@ def add_transformer_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_tokenizer(source: str | None, device: torch.device) -> MagvitV2Tokenizer:
-    """Ready for inference. Raises FileFormatError (missing, damaged or foreign model)."""
-    return MagvitV2Tokenizer.from_pretrained(_source(source, "tokenizer")).to(device).eval()
-
-
-def load_any_tokenizer(source: str | None, device: torch.device) -> VideoTokenizer:
-    """As load_tokenizer, for commands that work with the tokenizer of any system."""
+def load_tokenizer(source: str | None, device: torch.device) -> VideoTokenizer:
+    """Of any system, ready for inference. Raises FileFormatError (missing, damaged, foreign)."""
     return load_stored(_source(source, "tokenizer")).to(device).eval()
 
 

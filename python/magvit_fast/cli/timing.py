@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from magvit_fast import _native
-from magvit_fast.models import MagvitV2Tokenizer
+from magvit_fast.models.tokenizers import VideoTokenizer
 
 _PATIENCE = 30.0  # seconds
 
@@ -50,9 +50,7 @@ def median_seconds(
     return {name: median(values) for name, values in samples.items()}
 
 
-def tokenizer_seconds(
-    tokenizer: MagvitV2Tokenizer, video: Tensor, repeats: int
-) -> dict[str, float]:
+def tokenizer_seconds(tokenizer: VideoTokenizer, video: Tensor, repeats: int) -> dict[str, float]:
     """Medians of encoding and decoding one batch of clips.
 
     Args:

@@ -40,10 +40,11 @@ from magvit_fast.metrics import (
     entropy_coded_bits,
     fixed_length_bits,
 )
-from magvit_fast.models import MagvitV2Tokenizer
+from magvit_fast.models.tokenizers import VideoTokenizer
 
 HELP = "Turn a video file into a token file."
 _PIECE = 16  # frames decoded before the network sees them
+_CLIP = 16  # frames of a clip of MAGVIT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=int, default=0, help="first frame (default 0)")
     parser.add_argument("--frames", type=positive_int, help="at most so many (default: all)")
     parser.add_argument("--stride", type=positive_int, default=1, help="take every N-th frame")
+    parser.add_argument(
+        "--clip-frames", type=positive_int, metavar="N",
+        help="for tokenizers that look ahead (MAGVIT): encode clips of N frames (default 16)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -67,36 +72,45 @@ def run(args: argparse.Namespace) -> Outcome:
         video = probe(args.video)
         check_output(args.output, args.video)
         size = args.size or _fitting_size(tokenizer, video)
+        clip = _clip_frames(tokenizer, args.clip_frames)
         began = time.perf_counter()
-        ids, frames = _encode(tokenizer, video, size, args, device)
+        ids, frames = _encode(tokenizer, video, size, clip, args, device)
         elapsed = time.perf_counter() - began
         facts: dict[str, Any] = {
             "input": args.video,
             "output": args.output,
             "frames": frames,
             **token_facts(ids, tokenizer.config.num_bits, frames, size),
+            "clip_frames": clip,
             "seconds": elapsed,
             "frames_per_second": frames / elapsed,
             "impl": implementation(device),
             "device": str(device),
         }
         source = VideoSource(frames, video.height, video.width, video.fps / args.stride)
-        write_tokens(args.output, tokenizer, ids, size, source)
+        write_tokens(args.output, tokenizer, ids, size, source, clip)
     return Outcome(facts, _text(facts, Path(args.output)))
 
 
 def write_tokens(
     path: str | Path,
-    tokenizer: MagvitV2Tokenizer,
+    tokenizer: VideoTokenizer,
     ids: Tensor,
     size: tuple[int, int],
     source: VideoSource,
+    clip: int | None = None,
 ) -> None:
-    """ids [1, T', H', W'] of one video of `size` pixels, with what `detokenize` needs to know."""
-    frames = 1 + (ids.shape[1] - 1) * tokenizer.config.time_stride
+    """ids [1, T', H', W'] of one video of `size` pixels, with what `detokenize` needs to know.
+
+    clip: frames of each of the clips that were encoded one by one; None for a single piece.
+    """
+    causal = int(tokenizer.config.causal)
+    frames = causal + (ids.shape[1] - causal) * tokenizer.config.time_stride
     grid = (ids.shape[1], ids.shape[2], ids.shape[3])
     fingerprint = tokenizer_fingerprint(tokenizer)
-    header = TokenHeader(fingerprint, tokenizer.config.num_bits, grid, (frames, *size), source)
+    header = TokenHeader(
+        fingerprint, tokenizer.config.num_bits, grid, (frames, *size), source, clip
+    )
     save_tokens(path, header, ids.cpu())
 
 
@@ -117,7 +131,7 @@ def token_facts(ids: Tensor, num_bits: int, frames: int, size: tuple[int, int]) 
     }
 
 
-def _fitting_size(tokenizer: MagvitV2Tokenizer, video: VideoInfo) -> tuple[int, int]:
+def _fitting_size(tokenizer: VideoTokenizer, video: VideoInfo) -> tuple[int, int]:
     step = tokenizer.config.space_stride
     height, width = video.height // step * step, video.width // step * step
     if not height or not width:
@@ -128,10 +142,26 @@ def _fitting_size(tokenizer: MagvitV2Tokenizer, video: VideoInfo) -> tuple[int, 
     return height, width
 
 
+def _clip_frames(tokenizer: VideoTokenizer, asked: int | None) -> int | None:
+    """Frames of a clip that is encoded by itself; None for a tokenizer that streams."""
+    step = tokenizer.config.time_stride
+    if tokenizer.streams:
+        if asked is not None:
+            raise ValueError(
+                "--clip-frames: this tokenizer takes a video as a whole, piece by piece; leave it out"
+            )
+        return None
+    clip = asked or max(1, _CLIP // step) * step
+    if clip % step:
+        raise ValueError(f"--clip-frames: expected a multiple of {step}, got {clip}")
+    return clip
+
+
 def _encode(
-    tokenizer: MagvitV2Tokenizer,
+    tokenizer: VideoTokenizer,
     video: VideoInfo,
     size: tuple[int, int],
+    clip: int | None,
     args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[Tensor, int]:
@@ -143,8 +173,14 @@ def _encode(
     total = expected if args.frames is None else min(args.frames, expected)
     with progress("tokenize", total, "frames") as advance:
         counted = _Counted(frames, advance)
-        pieces = _pieces(_filled(counted, tokenizer.config.time_stride), device)
-        ids = [chunk.cpu() for chunk in tokenizer.encode_stream(pieces)] if total else []
+        if clip is None:
+            first = int(tokenizer.config.causal)
+            whole = _filled(counted, tokenizer.config.time_stride, first)
+            chunks = tokenizer.encode_stream(_pieces(whole, _PIECE, device))
+        else:
+            clips = _pieces(_filled(counted, clip, 0), clip, device)
+            chunks = (tokenizer.encode(piece) for piece in clips)
+        ids = [chunk.cpu() for chunk in chunks] if total else []
     if not ids:
         raise FileFormatError(
             f"{args.video}: has {video.frames} frames, none from --start {args.start} on; "
@@ -167,19 +203,19 @@ class _Counted:
             self._advance(1)
 
 
-def _filled(frames: Iterable[Tensor], step: int) -> Iterator[Tensor]:
-    """Repeat the last frame until 1 + step * k are there, which is what causal tokens stand for."""
+def _filled(frames: Iterable[Tensor], step: int, first: int) -> Iterator[Tensor]:
+    """Repeat the last frame until first + step * k are there: whole slots, or whole clips."""
     count, last = 0, None
     for last in frames:
         yield last
         count += 1
     if last is not None:
-        yield from itertools.repeat(last, (1 - count) % step)
+        yield from itertools.repeat(last, (first - count) % step)
 
 
-def _pieces(frames: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _pieces(frames: Iterator[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
     """[1, 3, n, H, W] at a time."""
-    while piece := list(itertools.islice(frames, _PIECE)):
+    while piece := list(itertools.islice(frames, size)):
         yield torch.stack(piece, dim=1).unsqueeze(0).to(device)
 
 
@@ -189,7 +225,8 @@ def _text(facts: dict[str, Any], output: Path) -> str:
         {
             "video": f"{facts['frames']} frames of {height} x {width}",
             "tokens": f"{facts['tokens']} of {facts['bits_per_token']} bits "
-            f"({' x '.join(map(str, facts['grid']))})",
+            f"({' x '.join(map(str, facts['grid']))})"
+            + (f", clips of {facts['clip_frames']} frames" if facts["clip_frames"] else ""),
             "rate": f"{facts['bits_per_pixel']:.4f} bits per pixel, "
             f"{facts['bits_per_pixel_entropy_coded']:.4f} entropy-coded",
             "codebook": f"{facts['codebook_usage']:.1%} used, "

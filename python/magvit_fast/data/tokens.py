@@ -55,6 +55,8 @@ class TokenHeader:
     num_bits: ids are in [0, 2**num_bits).
     grid: (T', H', W') of one clip. video: (T, H, W) of the clip in frames and pixels.
     source: for the tokens of one whole video file; None for clips of a data set.
+    clip: frames of each of the clips that were encoded one by one and joined along time, by a
+        tokenizer whose tokens depend on all of their clip; None where the whole is one piece.
     """
 
     fingerprint: str
@@ -62,6 +64,7 @@ class TokenHeader:
     grid: tuple[int, int, int]
     video: tuple[int, int, int]
     source: VideoSource | None = None
+    clip: int | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TokenHeader:
@@ -71,6 +74,7 @@ class TokenHeader:
             _three(data["grid"]),
             _three(data["video"]),
             _source(data.get("source")),
+            None if data.get("clip") is None else int(data["clip"]),
         )
 
 

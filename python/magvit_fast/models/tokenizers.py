@@ -9,9 +9,10 @@ from magvit_fast.errors import FileFormatError
 from magvit_fast.models.checkpoint import stored_model_name
 from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
 from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
+from magvit_fast.models.presets import PRESETS
 from magvit_fast.models.video_tokenizer import VideoTokenizer
 
-__all__ = ["VideoTokenizer", "load_tokenizer", "new_tokenizer"]
+__all__ = ["VideoTokenizer", "load_tokenizer", "new_tokenizer", "tokenizer_from_preset"]
 
 _TOKENIZERS: tuple[type[VideoTokenizer], ...] = (MagvitTokenizer, MagvitV2Tokenizer)
 
@@ -42,3 +43,16 @@ def load_tokenizer(
             return kind.from_pretrained(source, revision=revision, subfolder=subfolder, **options)
     known = " or ".join(kind.__name__ for kind in _TOKENIZERS)
     raise FileFormatError(f"{os.fspath(source)}: holds a {name}, expected a {known}")
+
+
+def tokenizer_from_preset(name: str) -> VideoTokenizer:
+    """A fresh tokenizer of the named preset, whichever system it is of.
+
+    Raises:
+        ValueError: no system has a tokenizer of that name; the message lists those there are.
+    """
+    for kind in _TOKENIZERS:
+        if name in PRESETS.get(kind.__name__, {}):
+            return kind.from_preset(name)
+    known = [preset for kind in _TOKENIZERS for preset in PRESETS.get(kind.__name__, {})]
+    raise ValueError(f"name: no preset {name!r} of a tokenizer; there are {', '.join(known)}")
