@@ -82,10 +82,14 @@ def test_shards_read_back_in_order(shards):
 
 def test_condition_ids_are_kept(tmp_path):
     entry = write_shard(
-        tmp_path / "t.safetensors", HEADER, "", ids=some_ids(2), condition_ids=some_ids(2) ^ 1
+        tmp_path / "t.safetensors",
+        HEADER,
+        "",
+        ids=some_ids(2),
+        condition_ids={"first1": some_ids(2) ^ 1},
     )
     write_index(tmp_path, HEADER, [entry])
-    assert torch.equal(TokenClips(tmp_path)[Draw(0, 1)]["condition_ids"], some_ids(2)[1] ^ 1)
+    assert torch.equal(TokenClips(tmp_path)[Draw(0, 1)]["condition_ids.first1"], some_ids(2)[1] ^ 1)
 
 
 def test_without_an_index_there_is_no_data_set(shards):

@@ -117,6 +117,15 @@ def test_transformer_training_and_its_token_shards_agree(tmp_path):
     assert_transformers_agree(tmp_path)
 
 
+def test_several_tasks_train_alike(tmp_path):
+    for name in ("one", "two"):
+        save_tokenizer(tmp_path / name / "tokenizer")
+    alone("multitask", tmp_path / "one")
+    fork("multitask", tmp_path / "two")
+    assert_transformers_agree(tmp_path)
+    assert any("/" in name for name in history(tmp_path / "two", 2)[0])
+
+
 def test_sharded_weights_train_alike_and_go_on_unsharded(tmp_path):
     """FSDP2: losses, gathered checkpoints and the stored model are those of whole weights."""
     for name in ("one", "two"):

@@ -28,7 +28,7 @@ from magvit_fast.training.sources import open_clips
 from magvit_fast.training.tokenizer_loop import train_tokenizer
 from magvit_fast.training.transformer_loop import (
     TransformerTrainer,
-    task_of,
+    tasks_of,
     train_transformer,
 )
 
@@ -66,7 +66,7 @@ def test_both_stages_and_generation(tmp_path: Path) -> None:
     item = TokenClips(tmp_path / "two" / "tokens")[Draw(0, 5)]
     assert torch.equal(item["ids"], tokenizer.encode(video)[0])
     padded = task.condition_video(video, geometry)
-    assert torch.equal(item["condition_ids"], tokenizer.encode(padded)[0])
+    assert torch.equal(item["condition_ids.first1"], tokenizer.encode(padded)[0])
 
     transformer = MaskedTransformer.from_pretrained(trained.output)
     out = mf.generate(tokenizer, transformer, task="frame_prediction", video=video, steps=2)
@@ -87,10 +87,10 @@ def test_ablation_modes_train(tmp_path: Path, mode: str) -> None:
     )  # fmt: skip
     tokens = TokenHeader("", 4, (2, 8, 8), (4, 16, 16))
     trainer = TransformerTrainer(
-        new_accelerator(recipe.run), recipe, task_of(recipe.task), tokens, causal=False
+        new_accelerator(recipe.run), recipe, tasks_of(recipe.task), tokens, causal=False
     )
     ids, other = torch.randint(0, 16, (2, 2, 8, 8)), torch.randint(0, 16, (2, 2, 8, 8))
-    batch, _ = trainer._corrupt({"ids": ids, "condition_ids": other}, ids.flatten(1), 0, 0)
+    batch, _ = trainer._corrupt({"ids": ids, "condition_ids.first1": other}, ids.flatten(1), 0, 0)
     given = batch.part == GIVEN
     assert given.sum(1).tolist() == [64, 64]
     shown = (ids if mode == "latent" else other).flatten(1)

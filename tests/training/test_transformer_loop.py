@@ -24,7 +24,7 @@ from magvit_fast.training.sources import open_clips
 from magvit_fast.training.tokenization import condition_differs
 from magvit_fast.training.transformer_loop import (
     TransformerTrainer,
-    task_of,
+    tasks_of,
     train_transformer,
 )
 
@@ -57,7 +57,7 @@ def test_condition_tokens_are_stored_where_they_differ(tmp_path, tokenizer):
     model = MagvitV2Tokenizer.from_pretrained(tokenizer)
     video = open_clips(recipe.data, 0)[Draw(0, 3)]["video"][None]
     repeated = video[:, :, [0, 1, 1, 1, 1]]
-    assert torch.equal(item["condition_ids"], model.encode(repeated)[0])
+    assert torch.equal(item["condition_ids.first2"], model.encode(repeated)[0])
 
 
 def test_interrupted_tokenization_is_taken_up_again(tmp_path, tokenizer, monkeypatch):
@@ -96,8 +96,8 @@ def test_interrupted_tokenization_is_taken_up_again(tmp_path, tokenizer, monkeyp
 )
 def test_when_condition_tokens_differ(name, given, differs):
     geometry = ClipGeometry(17, 16, 16, (5, 4, 4), causal=True)
-    task = task_of(TaskConfig(name=name, given_frames=given))
-    assert condition_differs(task, geometry, 4) is differs
+    (task,) = tasks_of(TaskConfig(name=name, given_frames=given))
+    assert condition_differs(task, geometry) is differs
 
 
 def trainer(tmp_path, tokenizer, *, ids=None, classes=0, **changes):
@@ -107,14 +107,14 @@ def trainer(tmp_path, tokenizer, *, ids=None, classes=0, **changes):
     header = TokenHeader("f", 6, (3, 4, 4), (5, 16, 16))
     torch.manual_seed(0)
     accelerator = new_accelerator(recipe.run)
-    return TransformerTrainer(accelerator, recipe, task_of(recipe.task), header, classes)
+    return TransformerTrainer(accelerator, recipe, tasks_of(recipe.task), header, classes)
 
 
 def test_corruption_follows_the_condition(tmp_path, tokenizer):
     """Slots 0 and 1 may be replaced by condition tokens and are never masked; slot 2 the reverse."""
     one = trainer(tmp_path, tokenizer)
     ids = torch.randint(0, 64, (4, 3, 4, 4))
-    batch = {"ids": ids, "condition_ids": ids ^ 1}
+    batch = {"ids": ids, "condition_ids.first3": ids ^ 1}
     seen = torch.zeros(3, dtype=torch.bool)
     for step in range(20):
         masked, class_id = one._corrupt(batch, ids.flatten(1), step, 0)
@@ -225,5 +225,5 @@ def test_mismatches_are_named(tmp_path, tokenizer):
             dataclasses.replace(recipe, tokenizer=str(tmp_path / "other")), progress=False
         )
     with pytest.raises(ValueError, match="given_frames: task class_generation"):
-        task_of(TaskConfig("class_generation", given_frames=3))
-    assert task_of(TaskConfig()) == get_task("frame_prediction")
+        tasks_of(TaskConfig("class_generation", given_frames=3))
+    assert tasks_of(TaskConfig()) == (get_task("frame_prediction"),)

@@ -63,6 +63,17 @@ def transformer(folder: Path) -> None:
     write(folder, train_transformer(recipe, progress=False).history)
 
 
+def multitask(folder: Path) -> None:
+    """Three tasks over four steps, with classes and condition tokens of their own."""
+    recipe = transformer_recipe(folder, folder / "tokenizer", steps=4, log_every=2)
+    model = dataclasses.replace(
+        recipe.model, dropout=0.0, prompts=("frame_prediction", "inpainting")
+    )
+    names = ("frame_prediction", "inpainting_central", "inpainting_dynamic")
+    task = dataclasses.replace(recipe.task, names=names)
+    write(folder, train_transformer(dataclasses.replace(recipe, model=model, task=task)).history)
+
+
 def sharded(folder: Path) -> None:
     """`transformer` with its weights sharded as Accelerate's FSDP2 does it (which wants a GPU)."""
     from unittest import mock
@@ -99,7 +110,7 @@ def write(folder: Path, history: list[dict[str, float]]) -> None:
 
 def work(job: str, folder: str) -> None:
     torch.set_num_threads(1)
-    jobs = (gradients, tokenizer, transformer, sharded)
+    jobs = (gradients, tokenizer, transformer, multitask, sharded)
     {one.__name__: one for one in jobs}[job](Path(folder))
 
 

@@ -1,10 +1,11 @@
 """Token files and shards: what the tokenizer writes once and the transformer reads many times.
 
 A token file is safetensors: "ids" [N, T', H', W'] in the narrowest integer type that holds the
-tokenizer's bits, for COMMIT where they differ from "ids" also "condition_ids" (tokens of the padded
-condition clip), with labels "class_ids" [N], with actions "actions" float32 [N, T, A]. Its metadata
-carries a checksum and a header that says which tokenizer made the ids. A data set of tokens is a
-folder of such shards and index.json, which is written last: no index, no data set.
+tokenizer's bits, for COMMIT where they differ from "ids" also "condition_ids.<name>" (tokens of the
+padded condition clip of a task, see tasks.Task.condition_name), with labels "class_ids" [N], with
+actions "actions" float32 [N, T, A]. Its metadata carries a checksum and a header that says which
+tokenizer made the ids. A data set of tokens is a folder of such shards and index.json, which is written
+last: no index, no data set.
 """
 
 from __future__ import annotations
@@ -112,20 +113,21 @@ def save_tokens(
     header: TokenHeader,
     ids: Tensor,
     *,
-    condition_ids: Tensor | None = None,
+    condition_ids: Mapping[str, Tensor] | None = None,
     class_ids: Tensor | None = None,
     actions: Tensor | None = None,
     job: str = "",
 ) -> str:
     """Write one token file, whole or not at all; returns its checksum.
 
-    ids, condition_ids: int64 [N, T', H', W'] on header.grid. class_ids: int64 [N]. actions:
-    [N, T, A], one row a frame. job: see `write_shard`.
+    ids: int64 [N, T', H', W'] on header.grid. condition_ids: the same by the name of a condition.
+    class_ids: int64 [N]. actions: [N, T, A], one row a frame. job: see `write_shard`.
     Raises ValueError for ids of another grid or outside the header's range.
     """
     tensors = {"ids": _packed("ids", ids, header)}
-    if condition_ids is not None:
-        tensors["condition_ids"] = _packed("condition_ids", condition_ids, header)
+    for condition, value in (condition_ids or {}).items():
+        name = condition_tensor(condition)
+        tensors[name] = _packed(name, value, header)
     if class_ids is not None:
         tensors["class_ids"] = class_ids.to("cpu", torch.int64).contiguous()
     if actions is not None:
@@ -206,8 +208,13 @@ def read_header(path: str | os.PathLike[str]) -> tuple[TokenHeader, dict[str, st
     return header, metadata
 
 
+def condition_tensor(condition: str) -> str:
+    """The name, in files and batches, of the tokens of one condition."""
+    return f"condition_ids.{condition}"
+
+
 def write_shard(
-    path: str | os.PathLike[str], header: TokenHeader, job: str, **tensors: Tensor
+    path: str | os.PathLike[str], header: TokenHeader, job: str, **tensors: Any
 ) -> dict[str, Any]:
     """`save_tokens` for one shard of a set; returns its entry for `write_index`.
 
@@ -295,8 +302,8 @@ class TokenClips:
         return self._ends[-1]
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        """ids int64 [T', H', W'], where the data set has them condition_ids, class_ids (scalar),
-        actions float32 [T, A]."""
+        """ids int64 [T', H', W'], where the data set has them condition_ids.<name>,
+        class_ids (scalar), actions float32 [T, A]."""
         if not 0 <= draw.index < self.num_clips:
             raise IndexError(f"index: expected 0 to {self.num_clips - 1}, got {draw.index}")
         number = bisect.bisect_right(self._ends, draw.index)

@@ -22,6 +22,7 @@ from magvit_fast.tasks.registry import (
     Task,
     get_task,
 )
+from magvit_fast.tasks.sampling import task_sequence
 
 __all__ = [
     "CONDITION_MODES",
@@ -43,4 +44,5 @@ __all__ = [
     "given_frames",
     "mask_future",
     "mask_ratio",
+    "task_sequence",
 ]

@@ -49,6 +49,11 @@ class ClipGeometry:
         return math.prod(self.grid)
 
     @property
+    def time_stride(self) -> int:
+        """Frames of a slot (but for the single frame of a causal clip's first one)."""
+        return max(1, (self.frames - self.causal) // max(1, self.grid[0] - self.causal))
+
+    @property
     def size(self) -> Grid:
         return self.frames, self.height, self.width
 
@@ -56,13 +61,11 @@ class ClipGeometry:
         """Number of leading slots that hold at least one of the first `frames` frames."""
         if not self.causal:
             return math.ceil(frames * self.grid[0] / self.frames)
-        stride = (self.frames - 1) // max(1, self.grid[0] - 1)
-        return 1 + math.ceil((frames - 1) / max(1, stride))
+        return 1 + math.ceil((frames - 1) / self.time_stride)
 
     def slots_of_last(self, frames: int) -> int:
         """Number of trailing slots that hold at least one of the last `frames` frames."""
-        stride = (self.frames - int(self.causal)) // max(1, self.grid[0] - int(self.causal))
-        return min(self.grid[0], math.ceil(frames / max(1, stride)))
+        return min(self.grid[0], math.ceil(frames / self.time_stride))
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class Task:
     def min_frames(self, geometry: ClipGeometry) -> int:
         """How many frames of video the condition needs."""
         return 0
+
+    def condition_name(self, geometry: ClipGeometry) -> str:
+        """Tasks of one name here have the same condition video (with and without a class, say)."""
+        return self.name
 
     def condition_video(self, video: Tensor, geometry: ClipGeometry) -> Tensor:
         """The clip whose tokens are z~: given pixels of `video` [B, C, T, H, W], rest filled."""
@@ -142,6 +149,9 @@ class FrameTask(Task):
 
     def min_frames(self, geometry: ClipGeometry) -> int:
         return self.num_first(geometry) + self.last
+
+    def condition_name(self, geometry: ClipGeometry) -> str:
+        return f"first{self.num_first(geometry)}" + (f"_last{self.last}" if self.last else "")
 
     def condition_video(self, video: Tensor, geometry: ClipGeometry) -> Tensor:
         self.check_video(video, geometry)

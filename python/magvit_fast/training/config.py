@@ -21,7 +21,7 @@ from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformerConfig
 from magvit_fast.models.maskvit import MaskViTConfig
 from magvit_fast.models.presets import preset
-from magvit_fast.tasks import ConditionMode, get_task
+from magvit_fast.tasks import get_task
 from magvit_fast.training.losses import TokenizerLossWeights
 
 if sys.version_info >= (3, 11):
@@ -30,6 +30,9 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+
+# How the condition reaches the network in training: tasks.ConditionMode and the prefix condition.
+TrainingCondition = Literal["commit", "latent", "fixed", "prefix"]
 
 # Config class -> the model class under which models/presets.py lists its presets.
 _PRESET_OWNERS: dict[type, str] = {
@@ -244,34 +247,56 @@ class TokensConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What the transformer learns: a name of mf.tasks.TASKS.
+    """What the transformer learns: a name of mf.tasks.TASKS, or several in `names`.
 
-    given_frames: leading frames of the tasks that are given some; 0 keeps the task's own number.
+    names: one model for all of these; each step is for one of them (tasks.task_sequence). weights: how
+        often each is drawn, relative to each other; empty: all alike.
+    given_frames: leading frames of the frame prediction tasks; 0 keeps the task's own number.
     class_drop: share of samples whose class is replaced by "no class" (for guidance).
     ratio_per_sample: draw the mask ratio for each sample instead of once a batch (see tasks.commit).
-    condition_mode: "commit", or an ablation (see tasks.commit_mask): "latent" (latent masking), "fixed".
+    condition_mode: "commit", or an ablation of the paper: "latent" (latent masking) and "fixed", see
+        tasks.commit_mask; "prefix" puts the condition tokens in front, and model.condition_tokens is
+        then their number. An autoregressive model has no way but "prefix".
     """
 
     name: str = "frame_prediction"
+    names: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     given_frames: int = 0
     class_drop: float = 0.1
     ratio_per_sample: bool = False
-    condition_mode: ConditionMode = "commit"
+    condition_mode: TrainingCondition = "commit"
     label_smoothing: float = 1e-4
 
     def __post_init__(self) -> None:
         try:
-            get_task(self.name)
+            [get_task(name) for name in self.all_names]
         except ValueError as error:
-            raise ValueError(str(error).replace("task:", "name:", 1)) from error
+            key = "names" if self.names else "name"
+            raise ValueError(str(error).replace("task:", f"{key}:", 1)) from error
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names: expected each task once, got {list(self.names)}")
+        if self.weights and (len(self.weights) != len(self.names) or min(self.weights) <= 0):
+            raise ValueError(
+                f"weights: expected {len(self.names)} positive numbers, one for each of names, "
+                f"got {list(self.weights)}"
+            )
         for name in ("class_drop", "label_smoothing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        return self.names or (self.name,)
+
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """Stage two. tokenizer: a folder, hub id or output of stage one."""
+    """Stage two. tokenizer: a folder, hub id or output of stage one.
+
+    objective: "masked" trains a MaskedTransformer, "autoregressive" an AutoregressiveTransformer of the
+        same [model] by next-token cross-entropy (the baseline; no COMMIT masking).
+    """
 
     run: RunConfig
     tokenizer: str
@@ -284,6 +309,27 @@ class TransformerTraining:
             betas=(0.9, 0.96), weight_decay=0.045, warmup_steps=5000, clip_norm=1.0
         )
     )
+    objective: Literal["masked", "autoregressive"] = "masked"
+
+    def __post_init__(self) -> None:
+        task, model = self.task, self.model
+        if len(task.all_names) > 1 and not model.prompts:
+            raise ValueError(
+                f"model.prompts: expected rows for the {len(task.all_names)} tasks, got none"
+            )
+        conditional = any(get_task(name).has_condition for name in task.all_names)
+        prefix = task.condition_mode == "prefix"
+        if self.objective == "autoregressive" and conditional and not prefix:
+            raise ValueError(
+                "task.condition_mode: expected 'prefix', the only condition of an autoregressive "
+                f"model, got {task.condition_mode!r}"
+            )
+        if (conditional and prefix) != (model.condition_tokens > 0):
+            raise ValueError(
+                "model.condition_tokens: expected the number of condition tokens with "
+                f"task.condition_mode 'prefix' and 0 without, got {model.condition_tokens} with "
+                f"{task.condition_mode!r} and {', '.join(task.all_names)}"
+            )
 
 
 def load_recipe(path: str | os.PathLike[str], kind: type[T]) -> T:

@@ -35,7 +35,7 @@ def train_maskvit(config: MaskViTTraining, *, progress: bool = True) -> Training
             "tokenizer: expected one that makes tokens of single frames, got one of "
             f"{tokenizer.config.time_stride} frames a slot in {config.tokenizer}"
         )
-    tokens = open_or_write_tokens(accelerator, config, tokenizer, None, progress=progress)
+    tokens = open_or_write_tokens(accelerator, config, tokenizer, progress=progress)
     del tokenizer
     torch.manual_seed(config.run.seed)
     trainer = MaskViTTrainer(accelerator, config, tokens)

@@ -118,15 +118,18 @@ class Run:
         """
         result = TrainingResult(self.output, self.config.steps)
         done = self._resume(modules, optimizer)
+        labeled = _Labeled()
         with self._bar(done, progress) as bar:
             for step, parts, replaced in self._batches(source, order, done):
                 self._set_learning_rate(optimizer, step)
                 values = _mean([forward_backward(batch, step, i) for i, batch in enumerate(parts)])
                 values.update(finish_step())
+                labeled.add(values)
                 optimizer.zero_grad()
                 result.replaced += replaced
                 last = step + 1 == self.config.steps
                 if (step + 1) % self.config.log_every == 0 or last:
+                    values.update(labeled.take())
                     result.history.append(self._log(step + 1, values, optimizer, bar))
                 bar.update()
                 if (step + 1) % self.config.checkpoint_every == 0 or last:
@@ -214,6 +217,26 @@ class Run:
         return tqdm(
             total=self.config.steps, initial=done, disable=hidden, unit="step", dynamic_ncols=True
         )
+
+
+class _Labeled:
+    """Scalars of one task, named task/scalar, which come in that task's steps alone: their means over
+    the steps since the last line of the log (a resumed run's first line has the steps since then)."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name in [name for name in values if "/" in name]:
+            value = values[name].detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, Tensor]:
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
 
 
 def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
