@@ -123,6 +123,7 @@ LAYERS: dict[str, set[str]] = {
     "testing": {"_native", "ops", "errors"},
     "training": {"tasks", "models", "nn", "ops", "data", "metrics", "errors", "_native"},
     "decoding": {"tasks", "models", "nn", "ops", "errors"},
+    "planning": {"decoding", "models", "metrics", "ops", "errors"},
     "compat": {"tasks", "models", "nn", "ops", "errors"},
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from magvit_fast import decoding, models, tasks
+from magvit_fast import decoding, models, planning, tasks
 from magvit_fast.decoding import generate
 from magvit_fast.info import Info, info
 from magvit_fast.ops import (
@@ -35,6 +35,7 @@ __all__ = [
     "lfq_entropy",
     "lfq_quantize",
     "models",
+    "planning",
     "tasks",
     "vq_nearest",
 ]
