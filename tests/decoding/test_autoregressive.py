@@ -203,7 +203,7 @@ def test_bad_input(tokenizer: MagvitTokenizer) -> None:
             ValueError,
             "its prefix holds 16 condition tokens, but the region of task frame_interpolation has 32",
         ),
-        ({"guidance": 1.0}, ValueError, "guidance, fixed_condition: expected 0 and False"),
+        ({"guidance": 1.0}, ValueError, "guidance, condition_mode: expected 0 and 'commit'"),
         ({"noise": []}, TypeError, "noise: expected Tensor for this transformer, got list"),
         ({"noise": torch.zeros(1, 64, 1, 8)}, ValueError, r"noise: expected \(1, 64, 1, 16\)"),
         ({"top_k": 2, "top_p": 0.5}, ValueError, "top_k and top_p"),

@@ -343,7 +343,28 @@ def test_cuts_and_fixed_conditions_reach_the_decoding(
     inside = task.token_mask(geometry).expand_as(ids)
     assert torch.equal(made[inside], ids[inside])
     expected = tokenizer.decode(made)
-    torch.testing.assert_close(run(fixed_condition=True), expected)
+    torch.testing.assert_close(run(condition_mode="fixed"), expected)
+    # latent masking: the true tokens of the region, which need the whole clip
+    whole = clip(20)
+    latent = mf.generate(
+        *magvit, task="frame_prediction", video=whole, steps=3, condition_mode="latent"
+    )
+    true = tokenizer.encode(whole[:, :, :16])
+    assert not torch.equal(true[inside], ids[inside])
+    made = generate_tokens(tokenizer, transformer, task, settings, video=whole, true_condition=True)
+    assert torch.equal(made[inside], true[inside])
+    assert not torch.equal(made[~inside], true[~inside])
+    torch.testing.assert_close(latent, tokenizer.decode(made))
+    for change, message in (
+        ({"condition_mode": "latent"}, "needs the true clip, 16 frames, .* got 1 frames for 1"),
+        ({"condition_mode": "prefix"}, "condition_mode: expected one of 'commit', 'latent', 'fixed'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**change)
+    with pytest.raises(ValueError, match="got 16 frames for 2 clips"):
+        mf.generate(
+            *magvit, task="frame_prediction", video=clip(16), frames=20, condition_mode="latent"
+        )
 
 
 def test_magvit_predicts_long_videos_from_one_frame(

@@ -96,6 +96,25 @@ def test_ablation_modes_train(tmp_path: Path, mode: str) -> None:
     shown = (ids if mode == "latent" else other).flatten(1)
     assert torch.equal(batch.tokens[given], shown[given])
 
+    # end to end: trained on shards (latent masking needs no condition tokens), then decoded
+    result = train_transformer(recipe, progress=False)
+    item = TokenClips(tmp_path / "tokens")[Draw(0, 5)]
+    assert ("condition_ids.first1" in item) == (mode == "fixed")
+    assert result.history[0]["loss_refine"] == 0
+    assert result.history[0]["loss_mask"] > 0
+    video = open_clips(CLIPS, 0)[Draw(0, 5)]["video"][None]
+    tokenizer = MagvitTokenizer.from_pretrained(tmp_path / "tokenizer")
+    transformer = MaskedTransformer.from_pretrained(result.output)
+    shown_tokens: list[torch.Tensor] = []
+    transformer.register_forward_pre_hook(lambda _m, args: shown_tokens.append(args[0]))
+    mf.generate(
+        tokenizer, transformer, task="frame_prediction", video=video, steps=3,
+        condition_mode=mode,  # type: ignore[arg-type]
+    )  # fmt: skip
+    kept = item["ids" if mode == "latent" else "condition_ids.first1"].flatten()[:64]
+    assert all(torch.equal(tokens[0, :64], kept) for tokens in shown_tokens)
+    assert len(shown_tokens) == 3
+
 
 def test_files_that_hold_no_tokenizer_are_named(tmp_path: Path) -> None:
     shape = MaskedTransformerConfig(hidden_size=8, num_layers=1, num_heads=1, mlp_size=8)

@@ -24,7 +24,8 @@ from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
 from magvit_fast.models.masked_transformer import TokenTransformer
 from magvit_fast.models.maskvit import MaskViTTransformer
-from magvit_fast.ops._checks import check_number
+from magvit_fast.ops._checks import check_choice, check_number
+from magvit_fast.tasks.commit import CONDITION_MODES, ConditionMode
 from magvit_fast.tasks.registry import ClipGeometry, Task, get_task
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ def generate(
     seed: int = 0,
     top_k: int = 0,
     top_p: float = 0.0,
-    fixed_condition: bool = False,
+    condition_mode: ConditionMode = "commit",
     frames: int | None = None,
     noise: Sequence[Noise] | Tensor | None = None,
 ) -> Tensor:
@@ -99,8 +100,11 @@ def generate(
             choice_temperature None = 0, no noise.
         guidance: the scale s in conditional + s * (conditional - unconditional), or a Guidance.
         seed: same seed, same device, same inputs: same video.
-        fixed_condition: condition tokens stay as they are in place of being refined, for models
-            trained with one of the ablation modes of tasks.commit_mask.
+        condition_mode: how the model was trained, see tasks.commit_mask: "commit" refines the
+            condition tokens; "fixed" keeps them; "latent" (latent masking) keeps the true tokens of
+            the region, which a tokenizer that looks ahead makes of the whole clip: `video` is then
+            the true clip, all frames of it, of one clip's length. (The released code has no way to
+            evaluate "latent": it feeds zeros.) A prefix condition is the model's own, no mode.
         frames: length of the result; None = one clip. Frame prediction goes on for as long as it is
             told, each window conditioned on the last frames of the one before; other tasks make one
             clip.
@@ -132,6 +136,11 @@ def generate(
     if isinstance(transformer, MaskViTTransformer):
         if class_id is not None:
             raise ValueError(f"class_id: expected None, MaskViT has no classes; got {class_id!r}")
+        if condition_mode != "commit":
+            raise ValueError(
+                "condition_mode: expected the default, MaskViT always keeps what is given; "
+                f"got {condition_mode!r}"
+            )
         return generate_frames(
             tokenizer, transformer, chosen, MaskViTDecoding(**common),
             video=video, goal=goal, actions=actions, frames=frames,
@@ -144,20 +153,23 @@ def generate(
         )
     settings: MaskedDecoding | AutoregressiveDecoding
     if isinstance(transformer, AutoregressiveTransformer):
-        if guidance.scale > 0 or fixed_condition:
+        if guidance.scale > 0 or condition_mode != "commit":
             raise ValueError(
-                "guidance, fixed_condition: expected 0 and False for an autoregressive transformer, "
-                f"got {guidance.scale} and {fixed_condition}"
+                "guidance, condition_mode: expected 0 and 'commit' for an autoregressive "
+                f"transformer, got {guidance.scale} and {condition_mode!r}"
             )
         settings = AutoregressiveDecoding(temperature, top_k, top_p, seed)
         passes = geometry.num_tokens
     else:
-        settings = MaskedDecoding(**common, fixed_condition=fixed_condition)
+        check_choice("condition_mode", condition_mode, CONDITION_MODES)
+        settings = MaskedDecoding(**common, fixed_condition=condition_mode != "commit")
         passes = steps
     video = checked_video(chosen, geometry, video)
     classes = checked_classes(chosen, transformer, class_id, None if video is None else len(video))
     check_devices(tokenizer, transformer, video)
     windows, given = count_windows(chosen, geometry, frames)
+    if condition_mode == "latent":
+        _check_true_clip(geometry, video, windows)
     if noise is not None and windows > 1:
         raise ValueError(f"noise: expected None for a result of {windows} clips, got {len(noise)}")
     clips: list[Tensor] = []
@@ -169,6 +181,7 @@ def generate(
             settings,
             video=video,
             classes=classes,
+            true_condition=condition_mode == "latent",
             noise=noise,
             first_step=window * passes,
         )
@@ -188,12 +201,14 @@ def generate_tokens(
     *,
     video: Tensor | None = None,
     classes: Tensor | None = None,
+    true_condition: bool = False,
     noise: Sequence[Noise] | Tensor | None = None,
     first_step: int = 0,
 ) -> Tensor:
     """The tokens of one generated clip: int64 [B, T', H', W'].
 
-    video [B, C, T, H, W] and classes int64 [B] as the task needs them; settings are those of the
+    video [B, C, T, H, W] and classes int64 [B] as the task needs them; true_condition: the condition
+    tokens are those of `video` itself, not of the condition clip. Settings are those of the
     transformer's kind. The rest as in generate, decode_masked and decode_autoregressive.
     """
     geometry = clip_geometry(tokenizer, transformer)
@@ -203,7 +218,8 @@ def generate_tokens(
     with evaluation(tokenizer, transformer):
         condition = None
         if video is not None and task.has_condition:
-            condition = _condition_tokens(tokenizer, task, geometry, video)
+            shown = video if true_condition else task.condition_video(video, geometry)
+            condition = _tokens_of(tokenizer, geometry, shown[:, :, : geometry.frames])
         batch = len(condition) if condition is not None else 1 if classes is None else len(classes)
         prefix = None
         if condition is not None and transformer.config.condition_tokens:
@@ -244,11 +260,18 @@ def _of_kind(kind: type[T], value: object) -> T:
     return value
 
 
-def _condition_tokens(
-    tokenizer: Tokenizer, task: Task, geometry: ClipGeometry, video: Tensor
-) -> Tensor:
-    """The tokens z~ of the condition video: int64 [B, N]."""
-    ids = tokenizer.encode(task.condition_video(video, geometry))
+def _check_true_clip(geometry: ClipGeometry, video: Tensor | None, windows: int) -> None:
+    got = 0 if video is None else video.shape[2]
+    if windows > 1 or 0 < got < geometry.frames:
+        raise ValueError(
+            f"video: condition_mode 'latent' needs the true clip, {geometry.frames} frames, and makes "
+            f"one clip; got {got} frames for {windows} clips"
+        )
+
+
+def _tokens_of(tokenizer: Tokenizer, geometry: ClipGeometry, clip: Tensor) -> Tensor:
+    """int64 [B, N]."""
+    ids = tokenizer.encode(clip)
     if tuple(ids.shape[1:]) != geometry.grid:
         raise ValueError(
             f"transformer: its grid is {geometry.grid}, but the tokenizer makes "
