@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-import magvit_fast as mf
 from magvit_fast.cli.clips import read_clip
 from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import (
@@ -27,8 +26,8 @@ from magvit_fast.cli.runtime import (
     running,
     table,
 )
-from magvit_fast.data.video import probe, write_video
-from magvit_fast.decoding import clip_geometry
+from magvit_fast.data.video import probe, write_frames
+from magvit_fast.decoding import clip_geometry, generate_stream
 from magvit_fast.models import MaskedTransformer
 from magvit_fast.tasks import TASKS, ClipGeometry, get_task
 
@@ -94,11 +93,13 @@ def run(args: argparse.Namespace) -> Outcome:
         tokenizer = load_tokenizer(args.tokenizer, device)
         transformer = load_transformer(args.transformer, device)
         check_output(args.output, args.video)
-        given = _given(args, clip_geometry(tokenizer, transformer))
+        geometry = clip_geometry(tokenizer, transformer)
+        given = _given(args, geometry)
         options = decoding_options(args)
         began = time.perf_counter()
+        fps = args.fps or (probe(args.video).fps if args.video else 25.0)
         with _passes_shown(transformer, options, known=args.frames is None):
-            video = mf.generate(
+            pieces = generate_stream(
                 tokenizer,
                 transformer,
                 task=args.task,
@@ -106,14 +107,14 @@ def run(args: argparse.Namespace) -> Outcome:
                 class_id=args.class_id,
                 frames=args.frames,
                 **options,
-            ).cpu()
+            )
+            frames = (frame for piece in pieces for frame in piece[0].cpu().unbind(dim=1))
+            count = write_frames(args.output, frames, fps)
         elapsed = time.perf_counter() - began
-        fps = args.fps or (probe(args.video).fps if args.video else 25.0)
-        write_video(args.output, video[0], fps)
         facts: dict[str, Any] = {
             "task": args.task,
             "output": args.output,
-            "shape": list(video.shape),
+            "shape": [1, 3, count, geometry.height, geometry.width],
             "given_frames": 0 if given is None else given.shape[2],
             **options,
             "fps": fps,
@@ -121,11 +122,11 @@ def run(args: argparse.Namespace) -> Outcome:
             "impl": implementation(device),
             "device": str(device),
         }
-    frames, height, width = video.shape[2:]
+    height, width = geometry.height, geometry.width
     text = table(
         {
             "task": args.task,
-            "video": f"{frames} frames of {height} x {width}, {facts['given_frames']} given",
+            "video": f"{count} frames of {height} x {width}, {facts['given_frames']} given",
             "time": f"{elapsed:.2f} s for {facts['steps']} steps on {device} ({facts['impl']})",
             "written": args.output,
         }

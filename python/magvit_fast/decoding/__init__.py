@@ -6,7 +6,12 @@ from magvit_fast.decoding.autoregressive import (
     AutoregressiveDecoding,
     decode_autoregressive,
 )
-from magvit_fast.decoding.generate import clip_geometry, generate, generate_tokens
+from magvit_fast.decoding.generate import (
+    clip_geometry,
+    generate,
+    generate_stream,
+    generate_tokens,
+)
 from magvit_fast.decoding.masked import (
     DecodingState,
     MaskedDecoding,
@@ -27,6 +32,7 @@ __all__ = [
     "decode_frames",
     "decode_masked",
     "generate",
+    "generate_stream",
     "generate_tokens",
     "mask_fraction",
     "masked_decoding_steps",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from magvit_fast.decoding.confidence import Noise
 from magvit_fast.decoding.masked import MaskedDecoding, Predict, decode_masked
 from magvit_fast.decoding.maskvit import MaskViTDecoding, frame_geometry, generate_frames
 from magvit_fast.decoding.schedules import Guidance
+from magvit_fast.decoding.sliding import slide
 from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
 from magvit_fast.models.masked_transformer import TokenTransformer
 from magvit_fast.models.maskvit import MaskViTTransformer
@@ -106,8 +107,7 @@ def generate(
             the true clip, all frames of it, of one clip's length. (The released code has no way to
             evaluate "latent": it feeds zeros.) A prefix condition is the model's own, no mode.
         frames: length of the result; None = one clip. Frame prediction goes on for as long as it is
-            told, each window conditioned on the last frames of the one before; other tasks make one
-            clip.
+            told (see generate_stream); other tasks make one clip.
         noise: one pair of Gumbel arrays a step in place of the seeded draws (a single clip only);
             for an autoregressive transformer one array [B, N, G, V].
 
@@ -118,6 +118,62 @@ def generate(
         ValueError, TypeError: unknown task, missing or superfluous video or class_id, wrong size,
             clip too short, models that do not fit each other; the message names the argument and
             both sides.
+    """
+    pieces = generate_stream(
+        tokenizer,
+        transformer,
+        task=task,
+        video=video,
+        class_id=class_id,
+        goal=goal,
+        actions=actions,
+        steps=steps,
+        schedule=schedule,
+        choice_temperature=choice_temperature,
+        temperature=temperature,
+        guidance=guidance,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        fixed_condition=fixed_condition,
+        frames=frames,
+        noise=noise,
+    )
+    return torch.cat(list(pieces), dim=2)
+
+
+def generate_stream(
+    tokenizer: Tokenizer,
+    transformer: TokenTransformer | MaskViTTransformer,
+    *,
+    task: str | Task,
+    video: Tensor | None = None,
+    class_id: int | Sequence[int] | Tensor | None = None,
+    goal: Tensor | None = None,
+    actions: Tensor | None = None,
+    steps: int = 12,
+    schedule: str = "cosine",
+    choice_temperature: float | None = 4.5,
+    temperature: float = 1.0,
+    guidance: float | Guidance = 0.0,
+    seed: int = 0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    fixed_condition: bool = False,
+    frames: int | None = None,
+    noise: Sequence[Noise] | Tensor | None = None,
+) -> Iterator[Tensor]:
+    """What `generate` makes, piece by piece: videos [B, C, n, H, W] that follow each other.
+
+    Arguments are those of `generate` and are looked at now; a piece is computed when it is asked
+    for. What is kept between pieces (a clip's tokens, a few frames, the decoder's memory) does not
+    grow with the video.
+
+    Long videos slide: the last frames of what is there are the given frames of the next clip, whose
+    new tokens follow. A tokenizer that streams (MAGVIT-v2), given frames that fill whole slots (1 +
+    s_t k of them), decodes the new slots as a continuation of the ones before, so that the video is
+    exactly tokenizer.decode of all tokens. Any other decodes each clip by itself and drops its
+    version of the given frames.
     """
     chosen = task if isinstance(task, Task) else get_task(task)
     geometry = clip_geometry(tokenizer, transformer)
@@ -172,24 +228,22 @@ def generate(
         _check_true_clip(geometry, video, windows)
     if noise is not None and windows > 1:
         raise ValueError(f"noise: expected None for a result of {windows} clips, got {len(noise)}")
-    clips: list[Tensor] = []
-    for window in range(windows):
-        ids = generate_tokens(
+
+    def tokens(window: int, given_video: Tensor | None) -> Tensor:
+        return generate_tokens(
             tokenizer,
             transformer,
             chosen,
             settings,
-            video=video,
+            video=given_video,
             classes=classes,
             true_condition=condition_mode == "latent",
             noise=noise,
             first_step=window * passes,
         )
-        with evaluation(tokenizer):
-            clip = tokenizer.decode(ids)
-        clips.append(clip if window == 0 else clip[:, :, given:])
-        video = clip[:, :, clip.shape[2] - given :]
-    return torch.cat(clips, dim=2)[:, :, :frames]
+
+    length = geometry.frames + (windows - 1) * (geometry.frames - given)
+    return slide(tokenizer, tokens, video, windows, given, length if frames is None else frames)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ stay masked, those of least confidence, and what is kept stays kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -260,12 +260,13 @@ def generate_frames(
     actions: Tensor | None = None,
     frames: int | None = None,
     noise: Sequence[Noise] | None = None,
-) -> Tensor:
-    """Given frames and what the model makes of the others: [B, C, T, H, W] in [0, 1].
+) -> Iterator[Tensor]:
+    """Given frames and what the model makes of the others: videos [B, C, n, H, W] in [0, 1].
 
-    Arguments as in mf.generate. A result shorter than the model's clip is decoded at its own length.
-    In a longer one every window is given the last tokens of the one before, and the last window is
-    as short as what is missing. The given frames come back as the tokenizer reconstructs them.
+    Arguments as in mf.generate, which are looked at now; one piece a window comes when it is asked
+    for. A result shorter than the model's clip is decoded at its own length. In a longer one every
+    window is given the last tokens of the one before, and the last window is as short as what is
+    missing. The given frames come back as the tokenizer reconstructs them.
     """
     geometry = frame_geometry(tokenizer, transformer)
     windows, given = count_windows(task, geometry, frames)
@@ -281,21 +282,24 @@ def generate_frames(
     total = geometry.frames if windows == 1 or frames is None else frames
     actions = checked_actions(actions, transformer.config, len(video), total, video.device)
     context = _context(tokenizer, task, geometry, video, goal)
-    clips: list[Tensor] = []
-    for window in range(windows):
-        start = window * (geometry.frames - given)
-        length = min(geometry.frames, total - start)
-        ids = context.new_zeros(len(context), length, *geometry.grid[1:])
-        ids[:, known[:length]] = context
-        with evaluation(tokenizer, transformer):
-            ids = decode_frames(
-                transformer, ids, known[:length], settings, noise=noise,
-                actions=None if actions is None else actions[:, start : start + length],
-                first_step=window * settings.steps,
-            )  # fmt: skip
-            clips.append(tokenizer.decode(ids if window == 0 else ids[:, given:]))
-        context = ids[:, length - given :]
-    return torch.cat(clips, dim=2)
+
+    def pieces(context: Tensor) -> Iterator[Tensor]:
+        for window in range(windows):
+            start = window * (geometry.frames - given)
+            length = min(geometry.frames, total - start)
+            ids = context.new_zeros(len(context), length, *geometry.grid[1:])
+            ids[:, known[:length]] = context
+            with evaluation(tokenizer, transformer):
+                ids = decode_frames(
+                    transformer, ids, known[:length], settings, noise=noise,
+                    actions=None if actions is None else actions[:, start : start + length],
+                    first_step=window * settings.steps,
+                )  # fmt: skip
+                clip = tokenizer.decode(ids if window == 0 else ids[:, given:])
+            context = ids[:, length - given :]
+            yield clip
+
+    return pieces(context)
 
 
 def _context(
