@@ -448,7 +448,10 @@ def test_cuts_and_fixed_conditions_reach_the_decoding(
     torch.testing.assert_close(latent, tokenizer.decode(made))
     for change, message in (
         ({"condition_mode": "latent"}, "needs the true clip, 16 frames, .* got 1 frames for 1"),
-        ({"condition_mode": "prefix"}, "condition_mode: expected one of 'commit', 'latent', 'fixed'"),
+        (
+            {"condition_mode": "prefix"},
+            "condition_mode: expected one of 'commit', 'latent', 'fixed'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(**change)

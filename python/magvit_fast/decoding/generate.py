@@ -135,7 +135,7 @@ def generate(
         seed=seed,
         top_k=top_k,
         top_p=top_p,
-        fixed_condition=fixed_condition,
+        condition_mode=condition_mode,
         frames=frames,
         noise=noise,
     )
@@ -159,7 +159,7 @@ def generate_stream(
     seed: int = 0,
     top_k: int = 0,
     top_p: float = 0.0,
-    fixed_condition: bool = False,
+    condition_mode: ConditionMode = "commit",
     frames: int | None = None,
     noise: Sequence[Noise] | Tensor | None = None,
 ) -> Iterator[Tensor]:
