@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from magvit_fast import decoding, models, planning, tasks
+from magvit_fast.compat.patch import PatchReport, patch, unpatch
 from magvit_fast.decoding import generate
 from magvit_fast.info import Info, info
 from magvit_fast.ops import (
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Info",
+    "PatchReport",
     "blur_pool3d",
     "causal_conv3d",
     "confidence_remask",
@@ -35,7 +37,9 @@ __all__ = [
     "lfq_entropy",
     "lfq_quantize",
     "models",
+    "patch",
     "planning",
     "tasks",
+    "unpatch",
     "vq_nearest",
 ]

@@ -1,0 +1,248 @@
+"""patch(): native kernels inside the models people already run, in place, and back again.
+
+Recognition is by what a module does, not by its name: a convolution of any class is taken if its
+class still hands over to PyTorch's own `_conv_forward` (so that padding, caches and chunking are done
+by the model's code as before), a group norm if its forward is PyTorch's own, a quantizer if it is the
+LFQ of vector-quantize-pytorch with options that our op serves. Everything else of those kinds is left
+alone and listed with the reason. Source of the facts on third-party models: their code as run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magvit_fast.compat import native
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PATCHABLE = ("causal_conv3d", "group_norm_silu", "lfq")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of the report: its name in the model, its class, the op, and what was done or why not."""
+
+    name: str
+    module: str
+    op: str
+    note: str
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did.
+
+    Attributes:
+        swapped: modules that now run native kernels.
+        left: modules of the same kinds that were left alone, each with the reason.
+    """
+
+    swapped: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+
+    def count(self, op: str) -> int:
+        """How many modules now run this op."""
+        return sum(entry.op == op for entry in self.swapped)
+
+    def __str__(self) -> str:
+        lines = [f"{self.count(op)} x {op}" for op in PATCHABLE if self.count(op)]
+        lines = ["swapped: " + (", ".join(lines) or "nothing")]
+        if self.left:
+            lines.append(f"left alone: {len(self.left)}")
+            lines += [f"  {e.name} ({e.module}): {e.note}" for e in self.left]
+        return "\n".join(lines)
+
+
+# --- recognition ------------------------------------------------------------------------------
+def _conv_obstacle(module: nn.Module) -> str | None:
+    """Why this convolution cannot be proven to go through `_conv_forward` as PyTorch defines it."""
+    base = next(c for c in CONVOLUTIONS if isinstance(module, c))
+    cls = type(module)
+    if cls._conv_forward is not base._conv_forward:
+        return "its class has a _conv_forward of its own"
+    functional = base.__name__.lower()
+    for parent in cls.__mro__[: cls.__mro__.index(base)]:
+        for method in vars(parent).values():
+            if functional in getattr(getattr(method, "__code__", None), "co_names", ()):
+                return f"{parent.__name__} calls the functional {functional} itself"
+    if module.padding_mode not in native.PAD_MODES:
+        return f"padding_mode={module.padding_mode!r} is not served"
+    if module.weight.is_complex():
+        return "complex weights"
+    return None
+
+
+def _norm_obstacle(module: nn.Module) -> str | None:
+    if type(module).forward is not nn.GroupNorm.forward:
+        return "its class has a forward of its own"
+    return None
+
+
+def _is_lfq(module: nn.Module) -> bool:
+    return any(
+        c.__name__ == "LFQ" and c.__module__.startswith("vector_quantize_pytorch.")
+        for c in type(module).__mro__
+    )
+
+
+def _find(module: nn.Module) -> tuple[str, type, str | None] | None:
+    """(op, mixin, obstacle) for a module of a kind that is patched; None for any other."""
+    if isinstance(module, CONVOLUTIONS):
+        return "causal_conv3d", native.NativeConv, _conv_obstacle(module)
+    if isinstance(module, nn.GroupNorm):
+        return "group_norm_silu", native.NativeGroupNorm, _norm_obstacle(module)
+    if _is_lfq(module):
+        from magvit_fast.compat import vector_quantize_pytorch as ours
+
+        return "lfq", ours.NativeLFQ, ours.obstacle(module)
+    if isinstance(module, TRANSPOSED):
+        return "causal_conv3d", native.NativeConv, "transposed convolutions are not served"
+    return None
+
+
+def _selected(ops: Iterable[str] | None) -> tuple[str, ...]:
+    if ops is None:
+        return PATCHABLE
+    chosen = (ops,) if isinstance(ops, str) else tuple(ops)
+    for op in chosen:
+        if op not in PATCHABLE:
+            raise ValueError(f"ops: expected some of {', '.join(PATCHABLE)}, got {op!r}")
+    return chosen
+
+
+# --- patching ---------------------------------------------------------------------------------
+def patch(
+    model: nn.Module, *, ops: Iterable[str] | None = None, verify: bool = False
+) -> PatchReport:
+    """Swap what is recognized in `model` for native modules, in place; `unpatch` takes it back.
+
+    Parameters, buffers, state_dict keys, hooks, `isinstance` and optimizers stay as they are: a
+    swapped module is the same object with a subclass of its own class. Patching twice does nothing more.
+
+    Args:
+        model: any module tree, on any device, in training or evaluation mode.
+        ops: which of "causal_conv3d" (all convolutions), "group_norm_silu" (nn.GroupNorm, with an
+            nn.SiLU right behind it in an nn.Sequential) and "lfq"; None for all.
+        verify: run each module on random input before and after, against float64, and refuse the swap
+            whose error is more than twice the old one (in float32 and above the convolution's stated
+            1e-5 of the largest value). Draws no number from the global generators.
+
+    Returns:
+        PatchReport: the modules swapped, and those left alone with the reason.
+
+    Raises:
+        TypeError, ValueError: model is no module; an op of another name.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    chosen, report = _selected(ops), PatchReport()
+    for name, module in model.named_modules():
+        found = None if native.own_class(module) is not None else _find(module)
+        if found is None or found[0] not in chosen:
+            continue
+        op, mixin, obstacle = found
+        kind, note = type(module).__name__, ""
+        if obstacle is None:
+            module.__class__ = native.native_class(type(module), mixin)
+            note = "native"
+            obstacle = _disagreement(module) if verify else None
+            if obstacle is not None:
+                _restore(module)
+        if obstacle is None:
+            report.swapped.append(Entry(name, kind, op, note))
+        else:
+            report.left.append(Entry(name, kind, op, obstacle))
+    if "group_norm_silu" in chosen:
+        _fuse_activations(model)
+    return report
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give every module that `patch` swapped its own class back; returns how many there were."""
+    swapped = [m for m in model.modules() if native.own_class(m) is not None]
+    for module in swapped:
+        _restore(module)
+    return sum(not isinstance(module, nn.SiLU) for module in swapped)
+
+
+def _restore(module: nn.Module) -> None:
+    own = native.own_class(module)
+    assert own is not None
+    module.__class__ = own
+    module.__dict__.pop("native_activation", None)
+
+
+def _fuse_activations(model: nn.Module) -> None:
+    """In nn.Sequential, the SiLU right behind a native group norm becomes part of it.
+
+    Only where the container's forward is PyTorch's own and both modules stand in the tree once and
+    have no hooks: then nobody else can see what is between them.
+    """
+    places: dict[int, int] = {}
+    for container in model.modules():
+        for child in container._modules.values():  # children() would count a shared one once
+            places[id(child)] = places.get(id(child), 0) + 1
+    for container in model.modules():
+        if type(container).forward is not nn.Sequential.forward:
+            continue
+        children = list(container)  # type: ignore[call-overload]
+        for norm, silu in zip(children, children[1:], strict=False):
+            alone = places[id(norm)] == places[id(silu)] == 1
+            hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (norm, silu))
+            native_norm = isinstance(norm, native.NativeGroupNorm) and not norm.native_activation
+            if native_norm and type(silu) is nn.SiLU and alone and not hooked:
+                norm.native_activation = "silu"
+                silu.__class__ = native.native_class(nn.SiLU, native.PassedThrough)
+
+
+# --- verification -----------------------------------------------------------------------------
+def _probe(module: nn.Module) -> Tensor | None:
+    """A small random input of the module's device and dtype."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(module, CONVOLUTIONS):
+        reach = [
+            d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)
+        ]  # any padding of a mode that mirrors must fit as well
+        size = (2, module.in_channels, *(r + 5 + i for i, r in enumerate(reach)))
+    elif isinstance(module, nn.GroupNorm):
+        size = (2, module.num_channels, 3, 5, 4)
+    else:
+        return None
+    values = torch.randn(size, generator=generator, dtype=torch.float64)
+    like = module.weight
+    return values if like is None else values.to(like.device, like.dtype)
+
+
+def _disagreement(module: nn.Module) -> str | None:
+    """Why the native form of `module` is refused, None where it is as good as the module's own."""
+    x = _probe(module)
+    if x is None or x.device.type == "meta":
+        return None
+    own = native.own_class(module)
+    assert own is not None
+    conv = isinstance(module, CONVOLUTIONS)
+
+    def run(cls: type[Any], convert: Callable[[Tensor], Tensor]) -> Tensor:
+        weight, bias = (None if p is None else convert(p) for p in (module.weight, module.bias))
+        if conv:
+            result: Tensor = cls._conv_forward(module, convert(x), weight, bias)
+            return result
+        return torch.group_norm(convert(x), module.num_groups, weight, bias, module.eps)
+
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        exact = run(own, Tensor.double)
+        plain = run(own, torch.clone).double()
+        ours = (run(type(module), torch.clone) if conv else module(x)).double()
+    scale = float(exact.abs().max())
+    error, allowed = float((ours - exact).abs().max()), 2 * float((plain - exact).abs().max())
+    allowed += torch.finfo(x.dtype).eps * scale
+    if conv and x.dtype == torch.float32:
+        allowed = max(allowed, 1e-5 * scale)
+    if error <= allowed:
+        return None
+    return f"on random input its error is {error:.3g}, allowed {allowed:.3g}"
