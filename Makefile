@@ -34,7 +34,15 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: $(VENV)/.installed
 	$(BIN)/magvit-fast demo --out demo_out
 
-test: $(VENV)/.installed
+# The third-party models that the drop-in backend is tested on: what the extra [compat] names, as the
+# installed package says. magvit2-pytorch itself without its dependencies: they name a torchvision,
+# and no build of it fits the pinned torch.
+$(VENV)/.compat: $(VENV)/.installed
+	$(PIP) $$($(BIN)/python -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("magvit_fast") if "compat" in r.partition(";")[2]))')
+	$(PIP) --no-deps magvit2-pytorch
+	@touch $@
+
+test: $(VENV)/.compat
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed

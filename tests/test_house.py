@@ -124,7 +124,7 @@ LAYERS: dict[str, set[str]] = {
     "training": {"tasks", "models", "nn", "ops", "data", "metrics", "errors", "_native"},
     "decoding": {"tasks", "models", "nn", "ops", "errors"},
     "planning": {"decoding", "models", "metrics", "ops", "errors"},
-    "compat": {"tasks", "models", "nn", "ops", "errors"},
+    "compat": {"tasks", "models", "nn", "ops", "errors", "_native"},
 }
 
 

@@ -176,8 +176,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int, int, int]]] = {
         (3, 3, 16, 16),
     ),
     "AutoencoderKLHunyuanVideo15": (
-        {"latent_channels": 4, "block_out_channels": (32, 32), "layers_per_block": 1,
-         "spatial_compression_ratio": 2, "temporal_compression_ratio": 2},
+        {
+            "latent_channels": 4,
+            "block_out_channels": (32, 32),
+            "layers_per_block": 1,
+            "spatial_compression_ratio": 2,
+            "temporal_compression_ratio": 2,
+        },
         (3, 5, 16, 16),
     ),
     "AutoencoderKLKVAEVideo": (

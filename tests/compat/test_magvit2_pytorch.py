@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
+from tests.compat.peers import magvit2
 
 import magvit_fast as mf
 from magvit_fast.compat import magvit2_pytorch as ours
 from magvit_fast.errors import MissingExtraError
-from tests.compat.peers import magvit2
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the third parties' own
 

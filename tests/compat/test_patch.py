@@ -8,12 +8,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.compat.peers import CONFIGS, autoencoder, encode_decode
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import magvit_fast as mf
 from magvit_fast.compat import native
-from tests.compat.peers import CONFIGS, autoencoder, encode_decode
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the third parties' own
 
@@ -265,7 +265,7 @@ def test_verification_refuses_a_module_that_disagrees(monkeypatch: pytest.Monkey
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="model"):
         mf.patch(torch.zeros(1))
-    with pytest.raises(ValueError, match="ops.*conv4d"):
+    with pytest.raises(ValueError, match=r"ops.*conv4d"):
         mf.patch(nn.Conv3d(1, 1, 1), ops=["conv4d"])
 
 

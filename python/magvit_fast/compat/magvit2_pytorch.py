@@ -73,8 +73,8 @@ class CausalConv3d(nn.Module):
             x,
             conv.weight,
             conv.bias,
-            stride=conv.stride,  # type: ignore[arg-type]
-            dilation=conv.dilation,  # type: ignore[arg-type]
+            stride=conv.stride,
+            dilation=conv.dilation,
             groups=conv.groups,
             padding=(front, 0, height, height, width, width),
             time_mode=mode,  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ class _Upsample2x(nn.Module):
         block = self.factor[0] * self.factor[1] * self.factor[2]
 
         def block_first(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (-1, block)).transpose(0, 1).flatten(0, 1)
+            return rows.view(-1, block, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
 
         weight = block_first(conv.weight.flatten(1))[..., None, None, None]
         y = ops.causal_conv3d(x, weight, block_first(conv.bias))

@@ -10,8 +10,7 @@ class's own code.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ def served(x: Tensor) -> bool:
     """Whether a kernel may take x now."""
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return False
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+    if torch._C._are_functorch_transforms_active():
         return False  # vmap and jvp have no rule for our autograd functions
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
@@ -109,7 +108,7 @@ class NativeConv:
 class NativeGroupNorm:
     """Mixin over nn.GroupNorm: statistics over all axes behind the channels, as PyTorch's."""
 
-    native_activation: str | None = None  # "silu" where an nn.SiLU was found to follow
+    native_activation: Literal["silu"] | None = None  # "silu" where an nn.SiLU was found to follow
 
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
@@ -136,11 +135,15 @@ class PassedThrough:
 
 
 # --- classes ----------------------------------------------------------------------------------
-@functools.cache
-def native_class(own: type[nn.Module], mixin: type) -> type[nn.Module]:
-    """The subclass of `own` with `mixin` in front; the same object for the same pair."""
-    body = {"__reduce_ex__": _reduce, "_magvit_fast_own": own, "__module__": own.__module__}
-    return type(own.__name__, (mixin, own), body)
+_CLASSES: dict[tuple[type, type], Any] = {}
+
+
+def native_class(own: type, mixin: type) -> Any:
+    """The subclass of the module class `own` with `mixin` in front; the same object for the same pair."""
+    if (own, mixin) not in _CLASSES:
+        body = {"__reduce_ex__": _reduce, "_magvit_fast_own": own, "__module__": own.__module__}
+        _CLASSES[own, mixin] = type(own.__name__, (mixin, own), body)
+    return _CLASSES[own, mixin]
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -152,7 +155,8 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 def _rebuild(own: type[nn.Module], mixin: type) -> nn.Module:
     made = native_class(own, mixin)
-    return made.__new__(made)
+    module: nn.Module = made.__new__(made)
+    return module
 
 
 def own_class(module: nn.Module) -> type[nn.Module] | None:

@@ -9,7 +9,8 @@ alone and listed with the reason. Source of the facts on third-party models: the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ class PatchReport:
 
 
 # --- recognition ------------------------------------------------------------------------------
-def _conv_obstacle(module: nn.Module) -> str | None:
+def _conv_obstacle(module: Any) -> str | None:
     """Why this convolution cannot be proven to go through `_conv_forward` as PyTorch defines it."""
     base = next(c for c in CONVOLUTIONS if isinstance(module, c))
     cls = type(module)
@@ -191,7 +192,7 @@ def _fuse_activations(model: nn.Module) -> None:
         if type(container).forward is not nn.Sequential.forward:
             continue
         children = list(container)  # type: ignore[call-overload]
-        for norm, silu in zip(children, children[1:], strict=False):
+        for norm, silu in itertools.pairwise(children):
             alone = places[id(norm)] == places[id(silu)] == 1
             hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (norm, silu))
             native_norm = isinstance(norm, native.NativeGroupNorm) and not norm.native_activation
@@ -201,7 +202,7 @@ def _fuse_activations(model: nn.Module) -> None:
 
 
 # --- verification -----------------------------------------------------------------------------
-def _probe(module: nn.Module) -> Tensor | None:
+def _probe(module: Any) -> Tensor | None:
     """A small random input of the module's device and dtype."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, CONVOLUTIONS):
@@ -218,7 +219,7 @@ def _probe(module: nn.Module) -> Tensor | None:
     return values if like is None else values.to(like.device, like.dtype)
 
 
-def _disagreement(module: nn.Module) -> str | None:
+def _disagreement(module: Any) -> str | None:
     """Why the native form of `module` is refused, None where it is as good as the module's own."""
     x = _probe(module)
     if x is None or x.device.type == "meta":
@@ -227,7 +228,7 @@ def _disagreement(module: nn.Module) -> str | None:
     assert own is not None
     conv = isinstance(module, CONVOLUTIONS)
 
-    def run(cls: type[Any], convert: Callable[[Tensor], Tensor]) -> Tensor:
+    def run(cls: Any, convert: Callable[[Tensor], Tensor]) -> Tensor:
         weight, bias = (None if p is None else convert(p) for p in (module.weight, module.bias))
         if conv:
             result: Tensor = cls._conv_forward(module, convert(x), weight, bias)
