@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
 from magvit_fast.models.discriminator import Discriminator3D, DiscriminatorConfig
+from magvit_fast.models.frame_tokenizer import FrameTokenizer, FrameTokenizerConfig
 from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
 from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
 from magvit_fast.models.masked_transformer import (
@@ -19,6 +20,8 @@ __all__ = [
     "AutoregressiveTransformer",
     "Discriminator3D",
     "DiscriminatorConfig",
+    "FrameTokenizer",
+    "FrameTokenizerConfig",
     "MagvitConfig",
     "MagvitTokenizer",
     "MagvitV2Config",

@@ -266,13 +266,16 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        self._build(config)
+        self.checkpointed: frozenset[int] = frozenset()
+
+    def _build(self, config: AutoencoderConfig) -> None:
         widths, style = config.widths, config.style
         self.conv_in = style.conv(config.in_channels, config.filters, bias=False)
         self.levels = nn.ModuleList(EncoderLevel(config, i) for i in range(len(widths)))
         self.mid_blocks = _blocks(config, widths[-1], widths[-1])
         self.norm_out = style.norm(widths[-1])
         self.conv_out = style.conv(widths[-1], config.latent_channels, 1)
-        self.checkpointed: frozenset[int] = frozenset()
 
     def forward(self, video: Tensor, state: StreamState | None = None) -> Tensor:
         x = self.conv_in(video, state)
@@ -289,6 +292,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        self._build(config)
+        self.checkpointed: frozenset[int] = frozenset()
+
+    def _build(self, config: AutoencoderConfig) -> None:
         widths, style = config.widths, config.style
         self.conv_in = style.conv(config.latent_channels, widths[-1])
         self.mid_blocks = _blocks(config, widths[-1], widths[-1])
@@ -296,7 +303,6 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(DecoderLevel(config, i) for i in reversed(range(len(widths))))
         self.norm_out = style.norm(widths[0])
         self.conv_out = style.conv(widths[0], config.in_channels)
-        self.checkpointed: frozenset[int] = frozenset()
 
     def forward(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
         x = self.conv_in(latent, state)

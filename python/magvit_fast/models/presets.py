@@ -117,6 +117,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "frame_by_frame": True,
         },
     },
+    "FrameTokenizer": {
+        # MaskViT: a VQ-GAN of the usual widths (the paper's are not known) with a 16x16 grid. 63.2M,
+        # 70.2M and 72.0M parameters.
+        "maskvit-frame-64": {"channel_multipliers": (1, 2, 4)},
+        "maskvit-frame-128": {"channel_multipliers": (1, 2, 2, 4)},
+        "maskvit-frame-256": {"channel_multipliers": (1, 1, 2, 2, 4)},
+    },
     "MaskedTransformer": {
         # MAGVIT-v2's transformer for 17x128x128 video: 306.9M parameters with 101 classes (num_classes=101).
         "magvit-v2-l": {

@@ -6,22 +6,29 @@ import os
 from typing import Any
 
 from magvit_fast.errors import FileFormatError
+from magvit_fast.models.autoencoder import AutoencoderConfig
 from magvit_fast.models.checkpoint import stored_model_name
-from magvit_fast.models.magvit import MagvitConfig, MagvitTokenizer
-from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
+from magvit_fast.models.frame_tokenizer import FrameTokenizer
+from magvit_fast.models.magvit import MagvitTokenizer
+from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
 from magvit_fast.models.presets import PRESETS
 from magvit_fast.models.video_tokenizer import VideoTokenizer
 
 __all__ = ["VideoTokenizer", "load_tokenizer", "new_tokenizer", "tokenizer_from_preset"]
 
-_TOKENIZERS: tuple[type[VideoTokenizer], ...] = (MagvitTokenizer, MagvitV2Tokenizer)
+_TOKENIZERS: tuple[type[VideoTokenizer], ...] = (
+    MagvitTokenizer,
+    MagvitV2Tokenizer,
+    FrameTokenizer,
+)
 
 
-def new_tokenizer(config: MagvitConfig | MagvitV2Config) -> VideoTokenizer:
+def new_tokenizer(config: AutoencoderConfig) -> VideoTokenizer:
     """A freshly initialized tokenizer of the system that the config is of."""
-    return (
-        MagvitTokenizer(config) if isinstance(config, MagvitConfig) else MagvitV2Tokenizer(config)
-    )
+    for kind in _TOKENIZERS:
+        if type(config) is kind.config_class:
+            return kind(config)
+    raise TypeError(f"config: expected the config of a tokenizer, got {type(config).__name__}")
 
 
 def load_tokenizer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,12 +46,14 @@ class VideoTokenizer(PretrainedMixin):
     """
 
     config: AutoencoderConfig
+    encoder_class: ClassVar[type[Encoder]] = Encoder
+    decoder_class: ClassVar[type[Decoder]] = Decoder
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = self.encoder_class(config)
+        self.decoder = self.decoder_class(config)
         self.quantizer = config.new_quantizer()
 
     # ---- the whole clip -------------------------------------------------------------------------

@@ -1,18 +1,20 @@
-"""The residual block of the MAGVIT and MAGVIT-v2 tokenizers."""
+"""The blocks of the tokenizers: the residual block of all of them, the attention block of VQ-GAN."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from magvit_fast.nn.attention import SelfAttention
+from magvit_fast.nn.norm import MAX_GROUPS, GroupNormSiLU
 from magvit_fast.nn.stream import StreamState
 from magvit_fast.nn.style import CAUSAL, LayerStyle
 
 
 class ResBlock3d(nn.Module):
-    """Norm, SiLU, conv 3x3x3, twice, plus a shortcut of the raw input; no convolution has a bias.
+    """Norm, SiLU, conv 3x3x3, twice, plus a shortcut of the raw input.
 
     The shortcut is a convolution only where the width changes: 1x1x1, or 3x3x3 with
-    `conv_shortcut`.
+    `conv_shortcut`. The convolutions have a bias where `bias` says so (VQ-GAN).
     """
 
     def __init__(
@@ -21,15 +23,16 @@ class ResBlock3d(nn.Module):
         out_channels: int,
         *,
         conv_shortcut: bool = False,
+        bias: bool = False,
         style: LayerStyle = CAUSAL,
     ) -> None:
         super().__init__()
         self.norm1 = style.norm(in_channels)
-        self.conv1 = style.conv(in_channels, out_channels, bias=False)
+        self.conv1 = style.conv(in_channels, out_channels, bias=bias)
         self.norm2 = style.norm(out_channels)
-        self.conv2 = style.conv(out_channels, out_channels, bias=False)
+        self.conv2 = style.conv(out_channels, out_channels, bias=bias)
         self.shortcut = (
-            style.conv(in_channels, out_channels, 3 if conv_shortcut else 1, bias=False)
+            style.conv(in_channels, out_channels, 3 if conv_shortcut else 1, bias=bias)
             if in_channels != out_channels
             else None
         )
@@ -41,3 +44,19 @@ class ResBlock3d(nn.Module):
         skip = x if self.shortcut is None else self.shortcut(x, state)
         out: Tensor = skip + y
         return out
+
+
+class FrameAttention(nn.Module):
+    """Group norm, single-head attention among the positions of each frame, added to the input."""
+
+    def __init__(self, channels: int, *, norm_groups: int = MAX_GROUPS) -> None:
+        super().__init__()
+        self.norm = GroupNormSiLU(channels, groups=norm_groups, activation=None)
+        self.attention = SelfAttention(channels, 1)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape. Frames do not see each other: `state` plays no part."""
+        b, c, t, h, w = x.shape
+        frames = self.norm(x).permute(0, 2, 3, 4, 1).reshape(b * t, h * w, c)
+        y: Tensor = self.attention(frames)
+        return x + y.view(b, t, h, w, c).permute(0, 4, 1, 2, 3)

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models.discriminator import DiscriminatorConfig
+from magvit_fast.models.frame_tokenizer import FrameTokenizerConfig
 from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformerConfig
@@ -38,6 +39,7 @@ TrainingCondition = Literal["commit", "latent", "fixed", "prefix"]
 _PRESET_OWNERS: dict[type, str] = {
     MagvitConfig: "MagvitTokenizer",
     MagvitV2Config: "MagvitV2Tokenizer",
+    FrameTokenizerConfig: "FrameTokenizer",
     DiscriminatorConfig: "Discriminator3D",
     MaskedTransformerConfig: "MaskedTransformer",
     MaskViTConfig: "MaskViTTransformer",
@@ -48,6 +50,7 @@ _PRESET_OWNERS: dict[type, str] = {
 _SYSTEMS: dict[type, str] = {
     MagvitV2Config: "magvit-v2",
     MagvitConfig: "magvit",
+    FrameTokenizerConfig: "maskvit",
     MaskViTConfig: "maskvit",
 }
 
@@ -184,7 +187,8 @@ class EntropyConfig:
 class TokenizerTraining:
     """Stage one. The discriminator's clip is set from [data]; loss.adversarial 0 trains without it.
 
-    model: of MAGVIT-v2, or of MAGVIT where its table says system = "magvit".
+    model: of MAGVIT-v2; of MAGVIT where its table says system = "magvit", of MaskViT where it says
+        "maskvit".
     init_from: a folder or hub id of a tokenizer whose weights this one starts with: one of the same
         layout, or a 2D one (frame_by_frame), whose kernels are inflated. The discriminator starts
         from scratch in any case (MAGVIT-v2).
@@ -197,7 +201,9 @@ class TokenizerTraining:
 
     run: RunConfig
     data: DataConfig
-    model: MagvitV2Config | MagvitConfig = field(default_factory=MagvitV2Config)
+    model: MagvitV2Config | MagvitConfig | FrameTokenizerConfig = field(
+        default_factory=MagvitV2Config
+    )
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss: TokenizerLossWeights = field(default_factory=TokenizerLossWeights)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
