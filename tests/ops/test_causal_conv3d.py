@@ -298,6 +298,19 @@ def test_compiles_without_a_graph_break(dynamic) -> None:
             assert_equal(a, b)
 
 
+def test_padding_that_follows_the_size_compiles_with_dynamic_shapes() -> None:
+    torch._dynamo.reset()
+    weight = torch.randn(3, 2, 1, 3, 3)
+
+    def pad_to_fours(x: Tensor) -> Tensor:
+        return ops.causal_conv3d(x, weight, padding=[0, 0, 1, 1 + x.shape[3] % 4, 1, 1])
+
+    compiled = torch.compile(pad_to_fours, fullgraph=True, backend="eager", dynamic=True)
+    for height in (5, 6, 9):
+        x = torch.randn(1, 2, 1, height, 4)
+        assert_equal(compiled(x), pad_to_fours(x))
+
+
 def test_autocast() -> None:
     x, weight = torch.randn(1, 4, 3, 5, 5, requires_grad=True), torch.randn(6, 4, 3, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):

@@ -365,13 +365,14 @@ def _under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 def _check_padding(padding: Sequence[int] | None) -> None:
     if padding is None:
         return
-    expected = f"padding: expected None or six ints >= 0, got {padding!r}"
+    # The messages are written where they are needed: torch.compile cannot trace the repr of an int
+    # that it keeps open (padding that follows the size of x, with dynamic shapes).
     if not isinstance(padding, (tuple, list)):
-        raise TypeError(expected)
+        raise TypeError(f"padding: expected None or six ints >= 0, got {padding!r}")
     for pad in padding:
         _checks.check_int("padding", pad)
     if len(padding) != 6 or min(padding) < 0:
-        raise ValueError(expected)
+        raise ValueError(f"padding: expected None or six ints >= 0, got {padding!r}")
 
 
 def _check_operands(
