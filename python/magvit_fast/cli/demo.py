@@ -41,7 +41,7 @@ from magvit_fast.data.tokens import VideoSource
 from magvit_fast.data.video import probe, write_video
 from magvit_fast.decoding import clip_geometry
 from magvit_fast.metrics import psnr, ssim
-from magvit_fast.models import MaskedTransformer
+from magvit_fast.models import VideoTransformer
 from magvit_fast.models.tokenizers import VideoTokenizer
 from magvit_fast.tasks import FrameTask, get_task
 
@@ -127,7 +127,7 @@ def _input(
 
 def _predictor(
     tokenizer: VideoTokenizer,
-    transformer: MaskedTransformer,
+    transformer: VideoTransformer,
     video: Tensor,
     args: argparse.Namespace,
 ) -> tuple[int, Callable[[], Tensor]]:

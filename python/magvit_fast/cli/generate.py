@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from magvit_fast.cli.clips import read_clip
@@ -26,10 +29,12 @@ from magvit_fast.cli.runtime import (
     running,
     table,
 )
+from magvit_fast.data.actions import read_action_array
 from magvit_fast.data.video import probe, write_frames
 from magvit_fast.decoding import clip_geometry, generate_stream
-from magvit_fast.models import MaskedTransformer
-from magvit_fast.tasks import TASKS, ClipGeometry, get_task
+from magvit_fast.errors import FileFormatError
+from magvit_fast.models import VideoTransformer
+from magvit_fast.tasks import TASKS, ClipGeometry, FrameTask, Task, get_task
 
 # MAGVIT, section 3.3 and table 10.
 _PAPER: dict[str, Any] = {
@@ -52,6 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames", type=positive_int, help="of the result (default: one clip of the model)"
     )
     parser.add_argument("--class-id", type=int, help="class (tasks with a class)")
+    parser.add_argument(
+        "--given", type=positive_int, metavar="N",
+        help="frames given at the front (default: 5 of a causal tokenizer, else 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--goal", metavar="FILE", help="image or video whose first frame is to end it (MaskViT)"
+    )
+    parser.add_argument(
+        "--actions", metavar="FILE",
+        help=".npy or .npz, one row a frame of --video (MaskViT with actions)",
+    )  # fmt: skip
     parser.add_argument("--fps", type=float, help="of the result (default: of --video, else 25)")
     add_tokenizer_option(parser)
     add_transformer_option(parser)
@@ -92,9 +108,9 @@ def run(args: argparse.Namespace) -> Outcome:
     with running(args) as device:
         tokenizer = load_tokenizer(args.tokenizer, device)
         transformer = load_transformer(args.transformer, device)
-        check_output(args.output, args.video)
-        geometry = clip_geometry(tokenizer, transformer)
-        given = _given(args, geometry)
+        check_output(args.output, args.video, args.goal, args.actions)
+        task, geometry = _task(args), clip_geometry(tokenizer, transformer)
+        given = _given(args, task, geometry)
         options = decoding_options(args)
         began = time.perf_counter()
         fps = args.fps or (probe(args.video).fps if args.video else 25.0)
@@ -102,9 +118,11 @@ def run(args: argparse.Namespace) -> Outcome:
             pieces = generate_stream(
                 tokenizer,
                 transformer,
-                task=args.task,
+                task=task,
                 video=None if given is None else given.to(device),
                 class_id=args.class_id,
+                goal=_goal(args.goal, geometry, device),
+                actions=_actions(args, args.frames or geometry.frames, device),
                 frames=args.frames,
                 **options,
             )
@@ -136,7 +154,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 @contextlib.contextmanager
 def _passes_shown(
-    transformer: MaskedTransformer, options: dict[str, Any], *, known: bool
+    transformer: VideoTransformer, options: dict[str, Any], *, known: bool
 ) -> Iterator[None]:
     """A bar that moves with every pass of the transformer (guidance takes two a step)."""
     total = options["steps"] * (2 if options["guidance"] else 1) if known else None
@@ -148,9 +166,38 @@ def _passes_shown(
             hook.remove()
 
 
-def _given(args: argparse.Namespace, geometry: ClipGeometry) -> Tensor | None:
-    """The condition [1, 3, T, H, W], as many frames as the task needs; None for tasks without."""
+def _task(args: argparse.Namespace) -> Task:
+    """The task, with as many given frames as the command line says."""
     task = get_task(args.task)
+    if args.given is None:
+        return task
+    if not isinstance(task, FrameTask):
+        raise ValueError(f"--given: task {task.name} is not given whole frames; leave it out")
+    return dataclasses.replace(task, first=args.given)
+
+
+def _goal(path: str | None, geometry: ClipGeometry, device: torch.device) -> Tensor | None:
+    """[1, 3, H, W]."""
+    if path is None:
+        return None
+    return read_clip(path, (1, geometry.height, geometry.width))[:, :, 0].to(device)
+
+
+def _actions(args: argparse.Namespace, frames: int, device: torch.device) -> Tensor | None:
+    """[1, frames, A]: the rows of the frames from --start on; a last one that lacks is zeros."""
+    if args.actions is None:
+        return None
+    rows = read_action_array(Path(args.actions))[args.start :][:frames]
+    if len(rows) < frames - 1:
+        raise FileFormatError(
+            f"{args.actions}: is too short: {frames - 1} rows from row {args.start} on needed for "
+            f"{frames} frames, found {len(rows)}"
+        )
+    return torch.nn.functional.pad(rows, (0, 0, 0, frames - len(rows))).unsqueeze(0).to(device)
+
+
+def _given(args: argparse.Namespace, task: Task, geometry: ClipGeometry) -> Tensor | None:
+    """The condition [1, 3, T, H, W], as many frames as the task needs; None for tasks without."""
     if not task.has_condition:
         if args.video is not None:
             raise ValueError(f"--video: task {task.name} takes none; leave it out")

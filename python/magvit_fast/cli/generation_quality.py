@@ -33,7 +33,7 @@ from magvit_fast.metrics import (
     resize_bilinear,
 )
 from magvit_fast.metrics.protocols import ClipRequest
-from magvit_fast.models import MaskedTransformer
+from magvit_fast.models import VideoTransformer
 from magvit_fast.models.tokenizers import VideoTokenizer
 from magvit_fast.tasks import TASKS, ClipGeometry, FrameTask, Task, get_task
 
@@ -65,7 +65,7 @@ class _Job:
     """All that a sample depends on but its request."""
 
     tokenizer: VideoTokenizer
-    transformer: MaskedTransformer
+    transformer: VideoTransformer
     geometry: ClipGeometry
     task: Task
     protocol: Protocol
@@ -79,7 +79,7 @@ class _Job:
 def measure_generation(
     files: list[Path],
     tokenizer: VideoTokenizer,
-    transformer: MaskedTransformer,
+    transformer: VideoTransformer,
     args: argparse.Namespace,
     device: torch.device,
     processes: Processes,
@@ -145,7 +145,7 @@ def measure_generation(
 def _job(
     files: list[Path],
     tokenizer: VideoTokenizer,
-    transformer: MaskedTransformer,
+    transformer: VideoTransformer,
     args: argparse.Namespace,
     device: torch.device,
 ) -> _Job:
@@ -168,7 +168,7 @@ def _job(
     classes: list[str] = []
     if task.class_conditional:
         classes = sorted({file.parent.name for file in files})
-        known = transformer.config.num_classes
+        known = getattr(transformer.config, "num_classes", 0)  # MaskViT has none
         if len(classes) > known:
             raise ValueError(
                 f"--task: {task.name} takes the files' folders for classes: there are "

@@ -17,8 +17,9 @@ import torch
 from magvit_fast import _native
 from magvit_fast.data.atomic import check_writable
 from magvit_fast.errors import FileFormatError, MissingExtraError
-from magvit_fast.models import MaskedTransformer
+from magvit_fast.models import VideoTransformer
 from magvit_fast.models import load_tokenizer as load_stored
+from magvit_fast.models import load_transformer as load_stored_transformer
 from magvit_fast.models.tokenizers import VideoTokenizer
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo"
@@ -195,9 +196,9 @@ def load_tokenizer(source: str | None, device: torch.device) -> VideoTokenizer:
     return load_stored(_source(source, "tokenizer")).to(device).eval()
 
 
-def load_transformer(source: str | None, device: torch.device) -> MaskedTransformer:
-    """Ready for inference. Raises FileFormatError (missing, damaged or foreign model)."""
-    return MaskedTransformer.from_pretrained(_source(source, "transformer")).to(device).eval()
+def load_transformer(source: str | None, device: torch.device) -> VideoTransformer:
+    """Of any system, ready for inference. Raises FileFormatError (missing, damaged, foreign)."""
+    return load_stored_transformer(_source(source, "transformer")).to(device).eval()
 
 
 def _source(source: str | None, kind: str) -> str:

@@ -45,7 +45,21 @@ def read_actions(video: str | os.PathLike[str], frames: int) -> Tensor:
     Raises:
         FileFormatError: no such file, or one that holds something else; the message names it.
     """
-    path = action_file(video)
+    rows = read_action_array(action_file(video))
+    if rows.shape[0] not in (frames, frames - 1):
+        raise FileFormatError(
+            f"{action_file(video)}: expected [{frames}, A] or [{frames - 1}, A] for a video of "
+            f"{frames} frames, got {tuple(rows.shape)}"
+        )
+    return torch.nn.functional.pad(rows, (0, 0, 0, frames - len(rows)))
+
+
+def read_action_array(path: Path) -> Tensor:
+    """The array of one file, .npy or .npz: float32 [n, A].
+
+    Raises:
+        FileFormatError: a file that is missing or holds something else; the message names it.
+    """
     try:
         with path.open("rb") as file:
             loaded: Any = np.load(file, allow_pickle=False)
@@ -64,12 +78,9 @@ def read_actions(video: str | os.PathLike[str], frames: int) -> Tensor:
         ) from error
     if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "fiub":
         raise FileFormatError(f"{path}: expected numbers, got {getattr(loaded, 'dtype', 'none')}")
-    if loaded.ndim != 2 or loaded.shape[1] < 1 or loaded.shape[0] not in (frames, frames - 1):
-        raise FileFormatError(
-            f"{path}: expected [{frames}, A] or [{frames - 1}, A] for a video of {frames} frames, "
-            f"got {loaded.shape}"
-        )
+    if loaded.ndim != 2 or loaded.shape[1] < 1:
+        raise FileFormatError(f"{path}: expected [frames, A], got {loaded.shape}")
     rows = torch.from_numpy(loaded.astype(np.float32))
     if not rows.isfinite().all():
         raise FileFormatError(f"{path}: holds NaN or infinity")
-    return torch.nn.functional.pad(rows, (0, 0, 0, frames - len(rows)))
+    return rows

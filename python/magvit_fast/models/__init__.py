@@ -14,6 +14,7 @@ from magvit_fast.models.masked_transformer import (
 )
 from magvit_fast.models.maskvit import MaskViTConfig, MaskViTTransformer
 from magvit_fast.models.tokenizers import load_tokenizer
+from magvit_fast.models.transformers import VideoTransformer, load_transformer
 from magvit_fast.models.video_tokenizer import TokenizerOutput, VideoTokenizer
 
 __all__ = [
@@ -33,5 +34,7 @@ __all__ = [
     "TokenTransformer",
     "TokenizerOutput",
     "VideoTokenizer",
+    "VideoTransformer",
     "load_tokenizer",
+    "load_transformer",
 ]

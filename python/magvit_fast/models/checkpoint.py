@@ -11,9 +11,9 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -195,6 +195,31 @@ def stored_model_name(
     """The class of a stored model, by its config.json. Raises as `from_pretrained`."""
     path = _resolve(source, revision, subfolder) / CONFIG_NAME
     return str(_read_header(path).get("model"))
+
+
+M = TypeVar("M", bound=PretrainedMixin)
+
+
+def load_one_of(
+    kinds: Sequence[type[M]],
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    **options: Any,
+) -> M:
+    """A stored model of whichever of `kinds` its files say; arguments as `from_pretrained`.
+
+    Raises:
+        FileFormatError: as from_pretrained, and for a model of another kind.
+        MissingExtraError: as from_pretrained.
+    """
+    name = stored_model_name(source, revision=revision, subfolder=subfolder)
+    for kind in kinds:
+        if kind.__name__ == name:
+            return kind.from_pretrained(source, revision=revision, subfolder=subfolder, **options)
+    known = " or ".join(kind.__name__ for kind in kinds)
+    raise FileFormatError(f"{os.fspath(source)}: holds a {name}, expected a {known}")
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from magvit_fast.errors import FileFormatError
 from magvit_fast.models.autoencoder import AutoencoderConfig
-from magvit_fast.models.checkpoint import stored_model_name
+from magvit_fast.models.checkpoint import load_one_of
 from magvit_fast.models.frame_tokenizer import FrameTokenizer
 from magvit_fast.models.magvit import MagvitTokenizer
 from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
@@ -44,12 +43,7 @@ def load_tokenizer(
         FileFormatError: as from_pretrained, and for a model that is no tokenizer.
         MissingExtraError: as from_pretrained.
     """
-    name = stored_model_name(source, revision=revision, subfolder=subfolder)
-    for kind in _TOKENIZERS:
-        if kind.__name__ == name:
-            return kind.from_pretrained(source, revision=revision, subfolder=subfolder, **options)
-    known = " or ".join(kind.__name__ for kind in _TOKENIZERS)
-    raise FileFormatError(f"{os.fspath(source)}: holds a {name}, expected a {known}")
+    return load_one_of(_TOKENIZERS, source, revision=revision, subfolder=subfolder, **options)
 
 
 def tokenizer_from_preset(name: str) -> VideoTokenizer:
