@@ -1,4 +1,5 @@
-"""`magvit-fast bench`: how fast the tokenizer runs on this machine, native against pure PyTorch.
+"""`magvit-fast bench`: how fast the tokenizer runs on this machine, native against pure PyTorch; or a
+third-party model, as it is against patched.
 
 The kernels one by one are measured by `make bench` in a clone of the project.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from magvit_fast.cli.bench_model import run_model
 from magvit_fast.cli.runtime import (
     Outcome,
     add_tokenizer_option,
@@ -30,6 +32,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_option(parser)
     parser.add_argument("--preset", help="time a fresh model of this preset instead")
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:CLASS",
+        help="time this model before and after mf.patch instead, as diffusers:AutoencoderKLWan",
+    )
+    parser.add_argument("--config", metavar="JSON", help="arguments of --model's class")
     parser.add_argument("--batch", type=positive_int, default=1)
     parser.add_argument("--frames", type=positive_int, help="default: 17; 16 for MAGVIT")
     parser.add_argument("--size", type=frame_size, default=(64, 64), metavar="N|HxW")
@@ -39,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     with running(args) as device:
+        if args.model is not None:
+            if args.preset is not None or args.tokenizer is not None:
+                raise ValueError("--model: expected without --preset and --tokenizer")
+            return run_model(args, device, _DTYPES[args.dtype])
+        if args.config is not None:
+            raise ValueError("--config: expected with --model only")
         if args.preset is None:
             tokenizer = load_tokenizer(args.tokenizer, device)
         elif args.tokenizer is not None:

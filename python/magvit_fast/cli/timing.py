@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -48,6 +52,35 @@ def median_seconds(
         for name, function in candidates.items():
             samples[name].append(seconds(function, device))
     return {name: median(values) for name, values in samples.items()}
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that one call holds beyond what is held before it; None where unknown.
+
+    On a GPU as PyTorch's allocator counts; on the CPU the growth of the process's resident memory,
+    whose high-water mark Linux resets on request.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps for later would hide growth
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        function()
+        return _status("VmHWM") - before
+    return None
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
 
 
 def tokenizer_seconds(tokenizer: VideoTokenizer, video: Tensor, repeats: int) -> dict[str, float]:
