@@ -310,6 +310,34 @@ def test_a_whole_transformer_equals_a_replay_of_its_tree(multi_task: bool) -> No
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("multi_task", [True, False])
+def test_the_prefix_condition_equals_a_replay_of_its_tree(multi_task: bool) -> None:
+    """[class][condition tokens][SEP][tokens]; with one special row SEP = -2 is "no class"."""
+    prompts = ("frame_prediction",) if multi_task else ()
+    config = MaskedTransformerConfig(
+        hidden_size=16, num_layers=2, num_heads=2, mlp_size=24, grid=(2, 2, 2), num_subtokens=1,
+        subtoken_size=8, num_classes=3, prompts=prompts, condition_tokens=4,
+    )  # fmt: skip
+    rows = 8 + 3 + 1 + (16 if multi_task else 1)
+    tree = transformer_tree(rows, 16, 16, 2, 2)
+    model = MaskedTransformer(config).eval()
+    load_magvit(model, {f"param/{k}": v.numpy() for k, v in tree.items()})
+    tokens, mask = torch.randint(0, 8, (2, 8)), torch.rand(2, 8) < 0.5
+    given, separator = torch.randint(0, 8, (2, 4)), torch.full((2, 1), -2)
+    head = [torch.full((2, 1), -4)] if multi_task else []
+    classes = torch.tensor([[8 + 1], [8 + 3]])
+    sequence = torch.cat([*head, classes, given, separator, tokens.masked_fill(mask, -1)], 1)
+    assert config.prefix_length == sequence.shape[1] - 8
+    with torch.no_grad():
+        expected = replay_bert(tree, sequence, 2)[:, config.prefix_length :, :8]
+        prompt = 0 if multi_task else None
+        logits = model(
+            tokens, mask, class_id=torch.tensor([1, 3]), prompt_id=prompt, condition=given
+        )
+    torch.testing.assert_close(logits.squeeze(2), expected, atol=2e-5, rtol=1e-5)
+    assert (model.separator_embedding is None) == (not multi_task)
+
+
 # ---- what cannot be read -------------------------------------------------------------------------
 def test_bad_trees_and_settings_are_named() -> None:
     model = MagvitTokenizer(

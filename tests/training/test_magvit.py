@@ -14,6 +14,7 @@ from magvit_fast.data.order import Draw
 from magvit_fast.data.tokens import TokenClips, TokenHeader
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models import (
+    Discriminator3D,
     DiscriminatorConfig,
     MagvitConfig,
     MagvitTokenizer,
@@ -25,7 +26,7 @@ from magvit_fast.tasks import GIVEN, ClipGeometry, get_task
 from magvit_fast.training.config import TaskConfig
 from magvit_fast.training.run import new_accelerator
 from magvit_fast.training.sources import open_clips
-from magvit_fast.training.tokenizer_loop import train_tokenizer
+from magvit_fast.training.tokenizer_loop import TokenizerTrainer, train_tokenizer
 from magvit_fast.training.transformer_loop import (
     TransformerTrainer,
     tasks_of,
@@ -71,6 +72,43 @@ def test_both_stages_and_generation(tmp_path: Path) -> None:
     transformer = MaskedTransformer.from_pretrained(trained.output)
     out = mf.generate(tokenizer, transformer, task="frame_prediction", video=video, steps=2)
     assert out.shape == (1, 3, 4, 16, 16)
+
+
+def test_both_networks_are_inflated_from_a_2d_run(tmp_path: Path) -> None:
+    flat = dataclasses.replace(MODEL, frame_by_frame=True, temporal_downsample=(False,))
+    judge = DiscriminatorConfig(filters=4, channel_multipliers=(2, 2), pooling="average")
+    images = tokenizer_recipe(
+        tmp_path / "2d", data=dataclasses.replace(CLIPS, frames=1), model=flat, steps=2,
+        discriminator=dataclasses.replace(judge, clip=(1, 16, 16), frame_by_frame=True),
+    )  # fmt: skip
+    source = train_tokenizer(images, progress=False).output
+    clips = tokenizer_recipe(
+        tmp_path / "3d", data=CLIPS, model=MODEL, discriminator=judge, steps=1,
+        init_from=str(source), init_discriminator_from=str(tmp_path / "2d/discriminator"),
+    )  # fmt: skip
+    trainer = TokenizerTrainer(new_accelerator(clips.run), clips)
+    two = Discriminator3D.from_pretrained(tmp_path / "2d/discriminator")
+    three = trainer.discriminator
+    assert three is not None
+    assert torch.equal(three.conv_in.weight[:, :, 1], two.conv_in.weight[:, :, 0])
+    assert not three.conv_in.weight[:, :, ::2].any()
+    assert torch.equal(three.dense.weight, two.dense.weight)
+    tokenizer = load_tokenizer(source)
+    for model in (trainer.tokenizer, trainer.ema.model):
+        kernel = model.encoder.conv_in.weight
+        assert torch.equal(kernel[:, :, 1], tokenizer.encoder.conv_in.weight[:, :, 0])
+    # a still clip is judged and tokenized as its image
+    image = torch.rand(2, 3, 1, 16, 16)
+    still = image.expand(-1, -1, 4, -1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(three(still), two(image), rtol=1e-4, atol=1e-5)
+        ids = trainer.tokenizer.eval().encode(still)
+        assert torch.equal(ids, tokenizer.encode(image).expand_as(ids))
+    wrong = dataclasses.replace(clips, init_discriminator_from=str(source))
+    with pytest.raises(
+        FileFormatError, match="holds a MagvitTokenizer, expected a Discriminator3D"
+    ):
+        TokenizerTrainer(new_accelerator(wrong.run), wrong)
 
 
 @pytest.mark.parametrize("mode", ["latent", "fixed"])

@@ -25,7 +25,7 @@ the order in which they are made. The rules:
                                                     frame interpolation -5, outpainting and
                                                     inpainting -6 (with the release's correction
                                                     flag inpainting -7); a single-task model has
-                                                    MASK only
+                                                    MASK only, and SEP is then "unconditional"
     BertEmbed_0/position_embeddings/embedding       rows beyond our sequence are left out
     BertLayer_i/BertAttention_0/self_attention      query, key, value (hidden, heads, size) become
                                                     one matrix; out (heads, size, hidden)
@@ -311,6 +311,8 @@ def _split_rows(words: Tensor, config: MaskedTransformerConfig, patched: bool) -
         "token_embedding.mask_embedding": words[-1],
         "class_embedding.weight": words[codes : codes + classes],
     }
+    if rows and config.condition_tokens:
+        state["separator_embedding"] = words[SPECIAL_TOKENS["separator"]].unsqueeze(0)
     if rows:
         state["prompt_embedding.weight"] = torch.stack(
             [words[row] for row in rows.values() if row is not None]

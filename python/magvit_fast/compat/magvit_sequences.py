@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from magvit_fast.compat.magvit import INPAINTING_PATCHED, SPECIAL_TOKENS
+from magvit_fast.models.masked_transformer import MaskedTransformerConfig
 from magvit_fast.tasks import GIVEN, PARTS, CommitBatch, Task
 
 MASK = SPECIAL_TOKENS["mask"]
@@ -31,6 +32,11 @@ class Vocabulary:
     codebook_size: int = 1024
     num_classes: int = 0
     num_special: int = 16
+
+    @classmethod
+    def of(cls, config: MaskedTransformerConfig) -> Vocabulary:
+        """That of the release's model of this shape: one with prompts has all special rows."""
+        return cls(config.subtoken_size, config.num_classes, 16 if config.prompts else 1)
 
     @property
     def size(self) -> int:

@@ -116,6 +116,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "temporal_downsample": (False, False, False),
             "frame_by_frame": True,
         },
+        # The same for the BAIR layout, images of 64 pixels.
+        **{
+            f"magvit-2d-{size}-64": {
+                "filters": filters,
+                "channel_multipliers": (1, 2, 4),
+                "temporal_downsample": (False, False),
+                "frame_by_frame": True,
+            }
+            for size, filters in (("b", 64), ("l", 128))
+        },
     },
     "FrameTokenizer": {
         # MaskViT: a VQ-GAN of the usual widths (the paper's are not known) with a 16x16 grid. 63.2M,

@@ -190,10 +190,11 @@ class TokenizerTraining:
     model: of MAGVIT-v2; of MAGVIT where its table says system = "magvit", of MaskViT where it says
         "maskvit".
     init_from: a folder or hub id of a tokenizer whose weights this one starts with: one of the same
-        layout, or a 2D one (frame_by_frame), whose kernels are inflated. The discriminator starts
-        from scratch in any case (MAGVIT-v2).
+        layout, or a 2D one (frame_by_frame), whose kernels are inflated.
+    init_discriminator_from: the same for the discriminator (`run.output`/discriminator of that run).
+        MAGVIT inflates both; MAGVIT-v2's discriminator starts from scratch.
     inflation: see models.inflation; "auto" is the published "last" for causal models and "central"
-        for others.
+        for others, discriminators among them.
     perceptual_weights: a folder or hub id of an ImageNet ResNet-50 (see training/perceptual.py); empty
         leaves the perceptual loss out. ema_decay: of the generator's average, which is the result.
     recompute_levels: see MagvitV2Tokenizer.set_gradient_checkpointing.
@@ -209,6 +210,7 @@ class TokenizerTraining:
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     init_from: str = ""
+    init_discriminator_from: str = ""
     inflation: Literal["auto", "central", "average", "last"] = "auto"
     perceptual_weights: str = ""
     ema_decay: float = 0.999

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,9 @@ def train_tokenizer(
 ) -> TrainingResult:
     """Train (or go on training) a tokenizer; the result is the folder `config.run.output`/tokenizer.
 
-    The result holds the averaged weights. perceptual: a frozen network from images [N, 3, 224, 224]
-    in [0, 1] to features, in place of the one that config.perceptual_weights names.
+    The result holds the averaged weights; the discriminator is left beside it, in discriminator.
+    perceptual: a frozen network from images [N, 3, 224, 224] in [0, 1] to features, in place of the
+    one that config.perceptual_weights names.
     """
     accelerator = new_accelerator(config.run)
     torch.manual_seed(config.run.seed)
@@ -62,6 +63,9 @@ def train_tokenizer(
     result.output = Path(config.run.output) / "tokenizer"
     if accelerator.is_main_process:
         trainer.ema.model.save_pretrained(result.output)
+        if trainer.discriminator is not None:
+            discriminator = accelerator.unwrap_model(trainer.discriminator)
+            discriminator.save_pretrained(Path(config.run.output) / "discriminator")
     accelerator.wait_for_everyone()
     return result
 
@@ -74,10 +78,10 @@ class TokenizerTrainer:
     ) -> None:
         self.accelerator, self.config = accelerator, config
         tokenizer = new_tokenizer(config.model)
-        if config.init_from and latest_checkpoint(Path(config.run.output) / "checkpoints") is None:
-            start_from(tokenizer, config.init_from, config.inflation, accelerator.is_main_process)
-        tokenizer.set_gradient_checkpointing(config.recompute_levels)
         discriminator = _new_discriminator(config)
+        if latest_checkpoint(Path(config.run.output) / "checkpoints") is None:
+            _start(tokenizer, discriminator, config, accelerator.is_main_process)
+        tokenizer.set_gradient_checkpointing(config.recompute_levels)
         self.perceptual = _perceptual_loss(config, perceptual, accelerator)
         reading: Literal["v1", "v2"] = "v1" if isinstance(config.model, MagvitConfig) else "v2"
         self.lecam = LeCam(config.loss.lecam_decay, reading).to(accelerator.device)
@@ -166,24 +170,45 @@ class TokenizerTrainer:
         return values
 
 
-def start_from(
-    tokenizer: VideoTokenizer, source: str, mode: str = "auto", report: bool = True
+def _start(
+    tokenizer: VideoTokenizer,
+    discriminator: Discriminator3D | None,
+    config: TokenizerTraining,
+    report: bool,
 ) -> None:
-    """Copy or inflate (models.inflation) the weights of a stored tokenizer.
+    """The recipe's starting weights."""
+    if config.init_from:
+        mode: InflationMode = "last" if tokenizer.config.causal else "central"
+        start_from(tokenizer, load_tokenizer(config.init_from), config, mode, report)
+    if config.init_discriminator_from and discriminator is not None:
+        source = Discriminator3D.from_pretrained(config.init_discriminator_from)
+        start_from(discriminator, source, config, "central", report)
 
-    report: warn about parameters that keep their own values.
+
+def start_from(
+    model: nn.Module,
+    source: nn.Module,
+    config: TokenizerTraining,
+    published: InflationMode,
+    report: bool = True,
+) -> None:
+    """Copy or inflate (models.inflation) the weights of a stored model.
+
+    published: what inflation = "auto" means for this model. report: warn about parameters that keep
+    their own values.
 
     Raises:
-        FileFormatError: nothing that can be read there, or nothing of it fits.
+        FileFormatError: nothing of it fits.
     """
-    if mode == "auto":
-        mode = "last" if tokenizer.config.causal else "central"
+    mode = published if config.inflation == "auto" else config.inflation
+    key = "init_discriminator_from" if isinstance(model, Discriminator3D) else "init_from"
     try:
-        kept = inflate(tokenizer, load_tokenizer(source), cast(InflationMode, mode))
+        kept = inflate(model, source, mode)
     except ValueError as error:
-        raise FileFormatError(f"init_from: {source}: {error}") from error
+        raise FileFormatError(f"{key}: {getattr(config, key)}: {error}") from error
     if kept and report:
-        log.warning("%s: not in it or of another shape, so left as they are: %s", source, kept)
+        name = getattr(config, key)
+        log.warning("%s: not in it or of another shape, so left as they are: %s", name, kept)
 
 
 def run_in_full_precision(module: nn.Module, device_type: str) -> None:
