@@ -1,4 +1,4 @@
-"""`magvit-fast generate --task ...`: continue, fill or invent a clip with the masked transformer."""
+"""`magvit-fast generate --task ...`: continue, fill or invent a clip; a sheet of all the tasks."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from magvit_fast.cli.runtime import (
     running,
     table,
 )
+from magvit_fast.cli.sheet import check_matplotlib
+from magvit_fast.cli.task_sheet import run_tasks, synthetic_video, task_rows, write_task_sheet
 from magvit_fast.data.actions import read_action_array
 from magvit_fast.data.video import probe, write_frames
 from magvit_fast.decoding import clip_geometry, generate_stream
@@ -49,8 +51,13 @@ HELP = "Generate a video: predict frames, fill regions, or from a class."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", required=True, choices=tuple(TASKS))
-    parser.add_argument("-o", "--output", metavar="VIDEO", required=True, help=".mp4 file (H.264)")
+    parser.add_argument("--task", required=True, choices=(*TASKS, "all"))
+    parser.add_argument("-o", "--output", metavar="VIDEO", help=".mp4 file (H.264)")
+    parser.add_argument(
+        "--sheet", metavar="PNG",
+        help="in place of a video: condition, result and truth of the task, or of all ten; without "
+        "--video on a rendered scene",
+    )  # fmt: skip
     parser.add_argument("--video", metavar="FILE", help="what is given (tasks with a condition)")
     parser.add_argument("--start", type=int, default=0, help="first frame taken from it")
     parser.add_argument(
@@ -105,6 +112,12 @@ def shipped_decoding() -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> Outcome:
+    if (args.output is None) == (args.sheet is None):
+        raise ValueError("--output: expected either -o VIDEO or --sheet PNG")
+    if args.sheet is not None:
+        return _sheet(args)
+    if args.task == "all":
+        raise ValueError("--task: all ten go into a picture; give --sheet PNG in place of -o")
     with running(args) as device:
         tokenizer = load_tokenizer(args.tokenizer, device)
         transformer = load_transformer(args.transformer, device)
@@ -150,6 +163,60 @@ def run(args: argparse.Namespace) -> Outcome:
         }
     )
     return Outcome(facts, text)
+
+
+def _sheet(args: argparse.Namespace) -> Outcome:
+    check_matplotlib()
+    check_output(args.sheet, args.video)
+    for name in ("frames", "fps", "goal", "actions", "given"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name}: a sheet shows one clip of each task as it is; leave it out"
+            )
+    with running(args) as device:
+        tokenizer = load_tokenizer(args.tokenizer, device)
+        transformer = load_transformer(args.transformer, device)
+        geometry = clip_geometry(tokenizer, transformer)
+        tasks = list(TASKS.values()) if args.task == "all" else [get_task(args.task)]
+        options = decoding_options(args)
+        video = (
+            read_clip(args.video, geometry.size, args.start)
+            if args.video
+            else synthetic_video(geometry)
+        )
+        results = []
+        with progress("generate", len(tasks), "tasks") as advance:
+            for result in run_tasks(
+                tokenizer, transformer, geometry, tasks, video.to(device), args.class_id or 0,
+                options,
+            ):  # fmt: skip
+                results.append(result)
+                advance(1)
+        frames, height, width = geometry.size
+        title = (
+            f"{args.video or 'rendered scene'}, {frames} frames of {height} x {width}, "
+            f"{options['steps']} steps, {options['schedule']}, seed {options['seed']}"
+        )
+        if not getattr(transformer.config, "prompts", ()):
+            title += "; a model without task prompts: it was trained for one task"
+        write_task_sheet(args.sheet, results, title)
+        facts: dict[str, Any] = {
+            "sheet": args.sheet,
+            "video": args.video,
+            "shape": list(geometry.size),
+            "tasks": {
+                r.task.name: {
+                    "served": r.result is not None,
+                    "psnr": r.psnr,
+                    "reason": r.reason,
+                }
+                for r in results
+            },
+            **options,
+            "impl": implementation(device),
+            "device": str(device),
+        }
+    return Outcome(facts, table(task_rows(results) | {"written": args.sheet}))
 
 
 @contextlib.contextmanager
