@@ -162,6 +162,32 @@ def test_long_videos_are_the_whole_decode_of_their_tokens(
     torch.testing.assert_close(made, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("grid", "positions", "size"),
+    [((5, 2, 3), "corner", (8, 12)), ((3, 4, 4), "corner", (16, 16)),
+     ((5, 4, 7), "interpolate", (16, 28)), ((7, 4, 4), "interpolate", (16, 16))],
+)  # fmt: skip
+def test_other_sizes_and_lengths(
+    grid: Any,
+    positions: Any,
+    size: tuple[int, int],
+    tokenizer: MagvitV2Tokenizer,
+    transformer: MaskedTransformer,
+) -> None:
+    """The tokenizer takes any size; the transformer by its corner, or by interpolated positions."""
+    model = transformer.with_grid(grid, positions)
+    frames = 1 + 4 * (grid[0] - 1)
+    video = torch.rand(1, 3, 5, *size, generator=torch.Generator().manual_seed(0))
+    run = {"task": "frame_prediction", "video": video, "steps": 2}
+    out = mf.generate(tokenizer, model, **run)  # type: ignore[arg-type]
+    assert out.shape == (1, 3, frames, *size)
+    long = mf.generate(tokenizer, model, **run, frames=frames + 3)  # type: ignore[arg-type]
+    assert torch.equal(long[:, :, :frames], out)
+    if size != (16, 16):
+        with pytest.raises(ValueError, match=r"expected 16x16 pixels .* by with_grid"):
+            mf.generate(tokenizer, transformer, **run)  # type: ignore[arg-type]
+
+
 def test_given_frames_within_a_slot_decode_each_clip_by_itself(
     tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer
 ) -> None:

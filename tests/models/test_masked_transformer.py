@@ -224,3 +224,63 @@ def test_bad_inputs_name_the_argument() -> None:
         model(tokens, mask, class_id=torch.tensor([1, 4]))
     with pytest.raises(ValueError, match="prompt_id: expected None"):
         model(tokens, mask, prompt_id=0)
+
+
+# ---- other grids ---------------------------------------------------------------------------------
+def positions_by_cell(model: MaskedTransformer) -> torch.Tensor:
+    """[T', H', W', D]."""
+    rows = model.position_embedding.detach()[model.config.prefix_length :]
+    return rows.view(*model.config.grid, -1)
+
+
+def test_a_smaller_grid_is_the_corner_of_the_positions() -> None:
+    torch.manual_seed(0)
+    model = MaskedTransformer(dataclasses.replace(TINY, grid=(3, 4, 5))).eval()
+    small = model.with_grid((2, 3, 4))
+    assert small.config == dataclasses.replace(TINY, grid=(2, 3, 4))
+    assert torch.equal(positions_by_cell(small), positions_by_cell(model)[:2, :3, :4])
+    prefix = model.config.prefix_length
+    assert torch.equal(small.position_embedding[:prefix], model.position_embedding[:prefix])
+    assert not small.training
+    for name, parameter in small.named_parameters():
+        shared = parameter.data_ptr() == model.get_parameter(name).data_ptr()
+        assert shared == (name != "position_embedding")
+    tokens, mask = tiny_batch(small.config)
+    assert small(tokens, mask).shape == (2, 24, 2, 8)
+    same = model.with_grid((3, 4, 5))
+    tokens, mask = tiny_batch(model.config)
+    assert torch.equal(same(tokens, mask), model(tokens, mask))
+
+
+def test_interpolated_positions() -> None:
+    """A ramp along an axis stays a ramp of the same ends, in cells that are finer."""
+    torch.manual_seed(0)
+    model = MaskedTransformer(dataclasses.replace(TINY, grid=(1, 4, 2)))
+    with torch.no_grad():
+        ramp = torch.arange(4.0).view(4, 1, 1).expand(4, 2, 32).reshape(8, 32)
+        model.position_embedding[1:] = ramp
+    fine = model.with_grid((3, 8, 6), "interpolate")
+    cells = positions_by_cell(fine)
+    # the centers of eight cells in units of the four: 0.25 i - 0.25, and no further than the ends
+    expected = (torch.arange(8) * 0.5 - 0.25).clamp(0, 3)
+    torch.testing.assert_close(cells, expected.view(1, 8, 1, 1).expand(3, 8, 6, 32))
+    again = model.with_grid((1, 4, 2), "interpolate")
+    torch.testing.assert_close(again.position_embedding, model.position_embedding)
+    tokens, mask = tiny_batch(fine.config)
+    fine(tokens, mask).sum().backward()
+    assert fine.position_embedding.grad is not None
+
+
+def test_grids_that_have_no_positions() -> None:
+    model = MaskedTransformer(TINY)
+    with pytest.raises(
+        ValueError, match=r"positions for \(2, 2, 3\) cells .* too few for \(2, 2, 4\)"
+    ):
+        model.with_grid((2, 2, 4))
+    with pytest.raises(ValueError, match="positions: expected one of 'corner', 'interpolate'"):
+        model.with_grid((2, 2, 3), "nearest")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="grid: expected three positive ints"):
+        model.with_grid((2, 0, 3))
+    prefixed = MaskedTransformer(dataclasses.replace(TINY, condition_tokens=6))
+    with pytest.raises(ValueError, match="this one has 6 condition tokens"):
+        prefixed.with_grid((2, 2, 2))

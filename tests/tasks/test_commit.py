@@ -41,6 +41,32 @@ def test_a_hand_worked_example() -> None:
     assert masked_only.loss.item() == pytest.approx(uniform, abs=1e-5)
 
 
+def test_subtokens_are_reported_apart() -> None:
+    """Two heads of four values: one sure of the right value, one of a wrong one, by hand."""
+    targets = torch.tensor([[0b1101, 0b0010]])  # sub-tokens (1, 3) and (2, 0)
+    batch = commit_mask(targets, u=torch.tensor([0.0]), scores=torch.rand(1, 2))
+    logits = torch.zeros(1, 2, 2, 4)
+    logits[0, 0, 0, 1] = logits[0, 1, 0, 2] = math.log(97.0)  # p = 0.97
+    logits[0, 0, 1, 0] = logits[0, 1, 1, 1] = math.log(97.0)  # 0.01 for the right value
+    result = commit_loss(logits, batch, label_smoothing=0.0)
+    expected = torch.tensor([-math.log(0.97), -math.log(0.01)])
+    torch.testing.assert_close(result.subtokens, expected)
+    torch.testing.assert_close(result.loss, expected.sum())
+
+
+def test_subtokens_add_up_to_the_loss() -> None:
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(0, 2**6, (3, 10), generator=generator)
+    inside = torch.arange(10) < 4
+    batch = commit_mask(targets, targets.flip(1), inside, generator=generator)
+    logits = torch.randn(3, 10, 2, 8, generator=generator)
+    for parts in (PARTS, ("mask",), ("refine", "reconstruct")):
+        result = commit_loss(logits, batch, loss_on=parts)
+        torch.testing.assert_close(result.subtokens.sum(), result.loss)
+        assert result.subtokens.shape == (2,)
+        assert not result.subtokens.requires_grad
+
+
 def test_label_smoothing_is_the_published_one() -> None:
     logits = torch.tensor([[[[2.0, -1.0, 0.5, 0.0]]]])
     batch = commit_mask(torch.tensor([[2]]), u=torch.tensor([0.0]))

@@ -19,6 +19,7 @@ from magvit_fast.decoding.masked import (
     masked_decoding_steps,
 )
 from magvit_fast.decoding.maskvit import MaskViTDecoding, decode_frames
+from magvit_fast.decoding.published import published
 from magvit_fast.decoding.schedules import Guidance, mask_fraction, unknown_counts
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "generate_tokens",
     "mask_fraction",
     "masked_decoding_steps",
+    "published",
     "unknown_counts",
 ]

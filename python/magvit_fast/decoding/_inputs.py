@@ -54,7 +54,8 @@ def check_pixels(name: str, pixels: Tensor, geometry: ClipGeometry) -> None:
         raise ValueError(
             f"{name}: expected {height}x{width} pixels (the transformer's {geometry.grid[1]}x"
             f"{geometry.grid[2]} tokens through this tokenizer), got "
-            f"{pixels.shape[-2]}x{pixels.shape[-1]}"
+            f"{pixels.shape[-2]}x{pixels.shape[-1]}; resize it, or give a MaskedTransformer for "
+            "other sizes by with_grid"
         )
     if pixels.numel():
         low, high = (float(v) for v in pixels.detach().aminmax())

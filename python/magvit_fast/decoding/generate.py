@@ -88,7 +88,8 @@ def generate(
     frame_interpolation are its tasks, goal and actions its own arguments.
 
     Args:
-        tokenizer, transformer: a pair that fits, on one device.
+        tokenizer, transformer: a pair that fits, on one device. Size and length of a clip are those
+            of the transformer's grid; MaskedTransformer.with_grid gives it another one.
         task: a name of tasks.TASKS, or a Task (dataclasses.replace changes, say, the number of
             given frames).
         video: [B, C, T, H, W] in [0, 1] of the models' size for tasks with a condition. Frame

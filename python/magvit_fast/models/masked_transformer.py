@@ -9,8 +9,10 @@ one weight-tied head per sub-token).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from magvit_fast.models.checkpoint import PretrainedMixin
 from magvit_fast.nn.embedding import TokenEmbedding
 from magvit_fast.nn.transformer import PostNormLayer, init_transformer_
-from magvit_fast.ops._checks import check_tensor
+from magvit_fast.ops._checks import check_choice, check_tensor
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,56 @@ class MaskedTransformer(TokenTransformer):
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return self._logits(x[:, self.config.prefix_length :])
+
+    def with_grid(
+        self, grid: tuple[int, int, int], positions: Literal["corner", "interpolate"] = "corner"
+    ) -> MaskedTransformer:
+        """The same weights for another grid (T', H', W') of tokens: other sizes and lengths of video.
+
+        Learned positions belong to cells of the trained grid, so what a new grid gets is a choice:
+
+            "corner": the rows of its own cells in the corner at slot 0, top, left. No axis may be
+                longer than the model's.
+            "interpolate": rows interpolated linearly along t, h and w, the grid's outer edges on
+                each other. Any grid; no system was trained this way, so look at the result.
+
+        The new model shares every other parameter with this one (no copy) and is in its mode. The
+        prefix keeps its rows.
+
+        Raises:
+            ValueError: an axis that the corner does not have; another choice; a model with the
+                prefix condition, whose number of condition tokens belongs to its grid.
+        """
+        check_choice("positions", positions, ("corner", "interpolate"))
+        config = dataclasses.replace(self.config, grid=grid)
+        old, new, first = self.config.grid, config.grid, self.config.prefix_length
+        if self.config.condition_tokens:
+            raise ValueError(
+                "grid: expected a model without the prefix condition, this one has "
+                f"{self.config.condition_tokens} condition tokens"
+            )
+        if positions == "corner" and any(n > o for n, o in zip(new, old, strict=True)):
+            raise ValueError(
+                f"grid: the model has positions for {old} cells (t, h, w), too few for {new}; "
+                'positions="interpolate" makes them'
+            )
+        weight = self.position_embedding.detach()
+        cells = weight[first:].reshape(*old, -1)
+        if positions == "corner":
+            cells = cells[: new[0], : new[1], : new[2]]
+        else:
+            volume = cells.permute(3, 0, 1, 2).unsqueeze(0)
+            volume = F.interpolate(volume.float(), size=new, mode="trilinear")
+            cells = volume[0].permute(1, 2, 3, 0).to(weight.dtype)
+        state = dict(self.named_parameters())
+        state["position_embedding"] = nn.Parameter(
+            torch.cat([weight[:first], cells.reshape(-1, weight.shape[1])])
+        )
+        with torch.device("meta"):
+            model = MaskedTransformer(config)
+        model.load_state_dict(state, assign=True)
+        model.set_gradient_checkpointing(self.gradient_checkpointing)
+        return model.train(self.training)
 
     def _check_grid(self, tokens: Tensor, mask: Tensor | None) -> None:
         n = self.config.num_tokens

@@ -50,6 +50,7 @@ class CommitLoss:
     ]  # mean cross-entropy over the positions of each part, 0 where it is empty
     fractions: dict[str, Tensor]  # share of each part among all positions
     accuracies: dict[str, Tensor]  # share of exactly right tokens in each part, 0 where it is empty
+    subtokens: Tensor  # [G], what each sub-token adds to the loss; sub-token 0 has the lowest bits
 
 
 def mask_ratio(u: Tensor) -> Tensor:
@@ -155,11 +156,14 @@ def commit_loss(
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    nats = nats.view(b, n, g).sum(-1)  # [B, N]
+    each = nats.view(b, n, g)
+    nats = each.sum(-1)  # [B, N]
     weights = torch.zeros_like(nats)
     for name in set(loss_on):
         weights += batch.part == PARTS.index(name)
-    loss = ((weights * nats).sum(-1) / (weights.sum(-1) + 1e-8)).mean()
+    total = weights.sum(-1) + 1e-8
+    loss = ((weights * nats).sum(-1) / total).mean()
+    by_subtoken = (weights.unsqueeze(-1) * each.detach()).sum(1) / total.unsqueeze(-1)  # [B, G]
 
     right = (logits.detach().argmax(-1) == values).all(-1)
     parts: dict[str, Tensor] = {}
@@ -171,7 +175,7 @@ def commit_loss(
         parts[name] = (nats.detach() * here).sum() / size
         fractions[name] = here.float().mean()
         accuracies[name] = (right & here).sum() / size
-    return CommitLoss(loss=loss, parts=parts, fractions=fractions, accuracies=accuracies)
+    return CommitLoss(loss, parts, fractions, accuracies, by_subtoken.mean(0))
 
 
 def _check_targets(targets: Tensor) -> tuple[int, int]:

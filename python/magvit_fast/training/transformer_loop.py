@@ -155,6 +155,8 @@ class TransformerTrainer(NetworkTrainer):
             "loss": result.loss,
             "accuracy": torch.stack([right[name] * shares[name] for name in shares]).sum(),
         }
+        if len(result.subtokens) > 1:  # MAGVIT-v2's heads, one a sub-token
+            values |= {f"loss_subtoken_{g}": nats for g, nats in enumerate(result.subtokens)}
         if self.autoregressive:
             return values
         return {
