@@ -5,6 +5,8 @@
 #include "ops.h"
 #ifdef MAGVIT_FAST_CUDA_MODULE
 #include "common/cuda/device.h"
+#else
+#include "common/pages.h"
 #endif
 
 namespace py = pybind11;
@@ -26,6 +28,7 @@ PYBIND11_MODULE(MF_MODULE_NAME, m) {
   m.def("device_count", &magvit_fast::cuda::device_count);
 #else
   m.def("detect_isa", &magvit_fast::detect_isa);
+  m.def("advise_huge_pages", &magvit_fast::advise_huge_pages);
 #endif
   magvit_fast::bind_all(m);
 }

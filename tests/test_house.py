@@ -19,7 +19,7 @@ CPP_FILES = sorted(p for s in ("*.h", "*.cpp", "*.cu", "*.cuh") for p in CSRC.rg
 PY_FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = re.findall(r"^mf_add_op\((\w+)\)", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
 # Ops that have no kernels yet: plain torch behind the same door, no folder in csrc.
-REFERENCE_ONLY = {"blur_pool3d", "depth_to_space3d", "group_norm_silu", "vq_nearest"}
+REFERENCE_ONLY = {"blur_pool3d", "depth_to_space3d", "vq_nearest"}
 MAX_LINES = 500
 
 

@@ -44,6 +44,29 @@ def causal_conv3d_weight_grad(
     where: int,
     how: int,
 ) -> None: ...
+def group_norm_silu_workspace_bytes(numbers: Sequence[int], where: int, how: int) -> int: ...
+def group_norm_silu_forward(
+    numbers: Sequence[int],
+    eps: float,
+    y: int,
+    stats: int,
+    workspace: int,
+    where: int,
+    how: int,
+) -> None: ...
+def group_norm_silu_backward(
+    numbers: Sequence[int],
+    dy: int,
+    stats: int,
+    dx: int,
+    dweight: int,
+    dbias: int,
+    dscale: int,
+    dshift: int,
+    workspace: int,
+    where: int,
+    how: int,
+) -> None: ...
 def lfq_quantize_forward(
     z: int,
     quantized: int,

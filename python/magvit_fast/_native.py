@@ -24,6 +24,8 @@ LIB: torch.library.Library = torch.library.Library("magvit_fast", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
+HUGE_PAGES_FROM = 4 << 20  # bytes; less fits no two pages with certainty
+
 log = logging.getLogger("magvit_fast")
 LOG = os.environ.get("MAGVIT_FAST_LOG", "0") not in ("", "0")
 SYNC = os.environ.get("MAGVIT_FAST_SYNC", "0") not in ("", "0")
@@ -169,6 +171,17 @@ def launcher(device: torch.device) -> tuple[Any, int, int]:
     if device.type == "cuda":
         return (core_cuda(), *cuda_stream(device))
     return core(), _isa, torch.get_num_threads()
+
+
+def in_huge_pages(x: torch.Tensor) -> torch.Tensor:
+    """x, freshly allocated: where it is large and on the CPU, in pages of 2 MiB if the system can.
+
+    A large tensor comes as new memory of the system, page by page at its first writing; in small
+    pages that takes longer than a kernel that runs at the speed of memory.
+    """
+    if x.device.type == "cpu" and x.nbytes >= HUGE_PAGES_FROM:
+        core().advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 def finish(device: torch.device) -> None:

@@ -86,7 +86,8 @@ class AdaptiveGroupNorm(nn.Module):
 
     y = norm(x) * (1 + W_g z + b_g) + (W_b z + b_b); no activation follows (MAGVIT-v2, appendix
     architecture figure; CondNorm of Google's port). The two maps are linear per position, so they
-    are applied before the condition is repeated to x's resolution: the same values for less work.
+    are applied at the condition's resolution, and the op reads each of their values for a whole block
+    of x: the same values for less work and memory.
     """
 
     def __init__(
@@ -115,17 +116,16 @@ class AdaptiveGroupNorm(nn.Module):
 
         x is the condition's grid repeated by `factor`, less some leading frames.
         """
-        frames = x.shape[2]
-        maps = []
-        for linear in (self.scale, self.shift):
-            value = linear(condition.movedim(1, -1)).movedim(-1, 1)
-            maps.append(upsample_nearest(value, factor, frames))
+        scale, shift = (
+            linear(condition.movedim(1, -1)).movedim(-1, 1) for linear in (self.scale, self.shift)
+        )
         return ops.group_norm_silu(
             x,
             self.num_groups,
             eps=EPS,
             per_frame=self.per_frame,
-            scale=maps[0],
-            shift=maps[1],
+            scale=scale,
+            shift=shift,
+            factor=factor,
             activation=None,
         )

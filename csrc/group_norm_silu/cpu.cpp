@@ -1,0 +1,217 @@
+// group_norm_silu on the CPU: orders the passes so that a span stays in cache between them.
+// Previous hop: bindings.cpp.
+// Next hop: kernels.simd.cpp and backward.simd.cpp of the chosen instruction set.
+//
+// Whole spans go to threads one by one (moments, then result, of the same memory); the last few,
+// fewer than there are threads, are shared out by slabs.
+#include <cmath>
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "group_norm_silu/group_norm_silu.h"
+
+namespace magvit_fast::cpu {
+namespace {
+
+constexpr index_t kSlabBytes = 262144;
+constexpr index_t kSerialElements = 8192;  // below, a parallel region costs more than the work
+
+struct Workspace {
+  double* moments;  // [slabs, groups, 2]
+  float* sums;      // [slabs, 2, padded channels]
+  double* totals;   // [spans, 2, channels]
+  float* terms;     // [spans, groups, 2]
+  float* scratch;   // [threads, kGroupNormSiluTables, padded channels]
+  float* zeros;     // [padded channels], stands in for an absent scale or shift
+  index_t bytes;
+
+  Workspace(void* base, const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, int threads) {
+    char* at = static_cast<char*>(base);
+    index_t used = 0;
+    const auto take = [&](index_t count, index_t size) {
+      char* here = at ? at + used : nullptr;
+      used += round_up(count * size, index_t{64});
+      return here;
+    };
+    moments = reinterpret_cast<double*>(take(plan.slabs * in.groups * 2, 8));
+    sums = reinterpret_cast<float*>(take(plan.slabs * 2 * plan.padded_channels, 4));
+    totals = reinterpret_cast<double*>(take(in.spans() * 2 * in.channels, 8));
+    terms = reinterpret_cast<float*>(take(in.spans() * in.groups * 2, 4));
+    scratch =
+        reinterpret_cast<float*>(take(threads * kGroupNormSiluTables * plan.padded_channels, 4));
+    zeros = reinterpret_cast<float*>(take(plan.padded_channels, 4));
+    bytes = used;
+  }
+};
+
+// pass(item, thread) of each pass over the slabs of every span, `between` once a span after the
+// first pass.
+template <class First, class Between, class Second>
+void in_two_passes(index_t spans, index_t slabs_per_span, int threads, const First& first,
+                   const Between& between, const Second& second) {
+  const index_t whole = spans - spans % threads;
+  parallel_ranges(whole, threads, [&](index_t begin, index_t end, int thread) {
+    for (index_t span = begin; span < end; ++span) {
+      for (index_t s = 0; s < slabs_per_span; ++s) first(span * slabs_per_span + s, thread);
+      between(span);
+      for (index_t s = 0; s < slabs_per_span; ++s) second(span * slabs_per_span + s, thread);
+    }
+  });
+  const index_t start = whole * slabs_per_span, rest = (spans - whole) * slabs_per_span;
+  const auto over_rest = [&](const auto& pass) {
+    parallel_ranges(rest, threads, [&](index_t begin, index_t end, int thread) {
+      for (index_t s = begin; s < end; ++s) pass(start + s, thread);
+    });
+  };
+  over_rest(first);
+  for (index_t span = whole; span < spans; ++span) between(span);
+  over_rest(second);
+}
+
+index_t slab_positions(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t slab) {
+  const GroupNormSiluSlab s(in, plan, slab);
+  return (s.last - s.first) * in.width;
+}
+
+// The moments of a span's slabs, merged in order (Chan), as statistics.
+void span_stats(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t span,
+                const double* moments, GroupStats* stats) {
+  const auto size = static_cast<double>(in.channels / in.groups);
+  for (index_t g = 0; g < in.groups; ++g) {
+    double count = 0.0, mean = 0.0, squares = 0.0;
+    for (index_t s = span * plan.slabs_per_span; s < (span + 1) * plan.slabs_per_span; ++s) {
+      const double* m = moments + (s * in.groups + g) * 2;
+      const double more = static_cast<double>(slab_positions(in, plan, s)) * size;
+      const double delta = m[0] - mean, total = count + more;
+      mean += delta * more / total;
+      squares += m[1] + delta * delta * count * more / total;
+      count = total;
+    }
+    const double variance = squares / count;
+    const auto rounded = static_cast<float>(mean);
+    stats[span * in.groups + g] = {
+        rounded, static_cast<float>(mean - static_cast<double>(rounded)),
+        static_cast<float>(1.0 / std::sqrt(variance + static_cast<double>(in.eps)))};
+  }
+}
+
+// The slabs' sums of a span: totals of dn and dn * xhat by channel, and their means over groups.
+void span_terms(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t span,
+                const GroupStats* stats, const Workspace& space) {
+  const index_t size = in.channels / in.groups;
+  double *dn = space.totals + span * 2 * in.channels, *dnx = dn + in.channels;
+  for (index_t c = 0; c < 2 * in.channels; ++c) dn[c] = 0.0;
+  for (index_t s = span * plan.slabs_per_span; s < (span + 1) * plan.slabs_per_span; ++s) {
+    const float* sums = space.sums + s * 2 * plan.padded_channels;
+    for (index_t c = 0; c < in.channels; ++c) {
+      dn[c] += static_cast<double>(sums[c]);
+      dnx[c] += static_cast<double>(sums[plan.padded_channels + c]);
+    }
+  }
+  const index_t frames = in.per_frame ? 1 : in.frames;
+  const auto count = static_cast<double>(frames * in.height * in.width * size);
+  for (index_t g = 0; g < in.groups; ++g) {
+    const GroupStats& s = stats[span * in.groups + g];
+    double mean_dn = 0.0, mean_dnx = 0.0;
+    for (index_t c = g * size; c < (g + 1) * size; ++c) {
+      dnx[c] = (dnx[c] - static_cast<double>(s.mean_rest) * dn[c]) * static_cast<double>(s.rstd);
+      const double weight = in.weight ? static_cast<double>(in.weight[c]) : 1.0;
+      mean_dn += weight * dn[c];
+      mean_dnx += weight * dnx[c];
+    }
+    float* terms = space.terms + (span * in.groups + g) * 2;
+    terms[0] = static_cast<float>(mean_dn / count);
+    terms[1] = static_cast<float>(mean_dnx / count);
+  }
+}
+
+int threads_for(const GroupNormSiluInput& in, const ExecContext& ctx) {
+  const index_t elements = in.batch * in.frames * in.frame_elements();
+  return elements < kSerialElements ? 1 : ctx.num_threads;
+}
+
+// Absent maps of an adaptive norm become one zero for every cell.
+void fill_absent(GroupNormSiluInput* in, const GroupNormSiluPlan& plan, const Workspace& space) {
+  if (!in->adaptive()) return;
+  for (index_t c = 0; c < plan.padded_channels; ++c) space.zeros[c] = 0.0f;
+  for (int axis = 0; axis < 4; ++axis) {
+    if (!in->scale) in->scale_stride[axis] = 0;
+    if (!in->shift) in->shift_stride[axis] = 0;
+  }
+  if (!in->scale) in->scale = space.zeros;
+  if (!in->shift) in->shift = space.zeros;
+}
+
+void check_input(const GroupNormSiluInput& in) {
+  check(in.groups >= 1 && in.channels % in.groups == 0,
+        "group_norm_silu: groups must divide the channels");
+  check(in.cell[0] >= 1 && in.cell[1] >= 1 && in.cell[2] >= 1,
+        "group_norm_silu: cells must have a size");
+}
+
+}  // namespace
+
+index_t group_norm_silu_workspace_bytes(const GroupNormSiluInput& in, const ExecContext& ctx) {
+  check_input(in);
+  return Workspace(nullptr, in, GroupNormSiluPlan(in, kSlabBytes), ctx.num_threads).bytes;
+}
+
+void group_norm_silu_forward(const GroupNormSiluForward& params, const ExecContext& ctx) {
+  GroupNormSiluInput in = params.in;
+  check_input(in);
+  const GroupNormSiluPlan plan(in, kSlabBytes);
+  const Workspace space(params.workspace, in, plan, ctx.num_threads);
+  fill_absent(&in, plan, space);
+  const auto moments = MF_PICK_SIMD(group_norm_silu_moments, ctx.isa);
+  const auto apply = MF_PICK_SIMD(group_norm_silu_apply, ctx.isa);
+  const auto scratch = [&](int thread) {
+    return space.scratch + thread * kGroupNormSiluTables * plan.padded_channels;
+  };
+  in_two_passes(
+      in.spans(), plan.slabs_per_span, threads_for(in, ctx),
+      [&](index_t slab, int thread) {
+        moments(in, plan, slab, scratch(thread), space.moments + slab * in.groups * 2);
+      },
+      [&](index_t span) { span_stats(in, plan, span, space.moments, params.stats); },
+      [&](index_t slab, int thread) {
+        const GroupStats* stats = params.stats + slab / plan.slabs_per_span * in.groups;
+        apply(in, plan, slab, stats, scratch(thread), params.y);
+      });
+}
+
+void group_norm_silu_backward(const GroupNormSiluBackward& params, const ExecContext& ctx) {
+  GroupNormSiluBackward p = params;
+  GroupNormSiluInput& in = p.in;
+  check_input(in);
+  const GroupNormSiluPlan plan(in, kSlabBytes);
+  const Workspace space(p.workspace, in, plan, ctx.num_threads);
+  fill_absent(&in, plan, space);
+  const auto sums = MF_PICK_SIMD(group_norm_silu_sums, ctx.isa);
+  const auto input_grad = MF_PICK_SIMD(group_norm_silu_input_grad, ctx.isa);
+  const auto scratch = [&](int thread) {
+    return space.scratch + thread * kGroupNormSiluTables * plan.padded_channels;
+  };
+  in_two_passes(
+      in.spans(), plan.slabs_per_span, threads_for(in, ctx),
+      [&](index_t slab, int thread) {
+        const GroupStats* stats = p.stats + slab / plan.slabs_per_span * in.groups;
+        sums(p, plan, slab, stats, scratch(thread), space.sums + slab * 2 * plan.padded_channels);
+      },
+      [&](index_t span) { span_terms(in, plan, span, p.stats, space); },
+      [&](index_t slab, int thread) {
+        const index_t span = slab / plan.slabs_per_span;
+        input_grad(p, plan, slab, p.stats + span * in.groups, space.terms + span * in.groups * 2,
+                   scratch(thread));
+      });
+  for (index_t c = 0; c < in.channels; ++c) {
+    double bias = 0.0, weight = 0.0;
+    for (index_t span = 0; span < in.spans(); ++span) {
+      bias += space.totals[span * 2 * in.channels + c];
+      weight += space.totals[(span * 2 + 1) * in.channels + c];
+    }
+    p.dbias[c] = static_cast<float>(bias);
+    p.dweight[c] = static_cast<float>(weight);
+  }
+}
+
+}  // namespace magvit_fast::cpu
