@@ -101,6 +101,21 @@ def test_generate_with_magvit(cli: Callable, clip: str, tmp_path: Path) -> None:
     assert out.exists()
 
 
+def test_generate_as_the_model_was_trained(
+    cli: Callable, first_generation: list[str], clip: str, tmp_path: Path
+) -> None:
+    """--condition-mode reaches the decoder: condition tokens that stay give another video."""
+    found = {}
+    for mode in ("commit", "fixed"):
+        out = tmp_path / f"{mode}.mp4"
+        words = ("generate", "--task", "inpainting_central", "--video", clip, "-o", out)
+        result = cli(*words, *first_generation, "--steps", "2", "--condition-mode", mode, "--json")
+        assert result.status == 0, result.err
+        assert json.loads(result.out)["condition_mode"] == mode
+        found[mode] = read_video(out)
+    assert not torch.equal(found["commit"], found["fixed"])
+
+
 def test_generate_bad_input(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "x.mp4", *models.both)
     assert "needs a file to start from" in fails(*PREDICT, *out)

@@ -36,7 +36,7 @@ from magvit_fast.data.video import probe, write_frames
 from magvit_fast.decoding import clip_geometry, generate_stream
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models import VideoTransformer
-from magvit_fast.tasks import TASKS, ClipGeometry, FrameTask, Task, get_task
+from magvit_fast.tasks import CONDITION_MODES, TASKS, ClipGeometry, FrameTask, Task, get_task
 
 # MAGVIT, section 3.3 and table 10.
 _PAPER: dict[str, Any] = {
@@ -46,6 +46,7 @@ _PAPER: dict[str, Any] = {
     "temperature": 1.0,
     "guidance": 0.0,
     "seed": 0,
+    "condition_mode": "commit",
 }
 HELP = "Generate a video: predict frames, fill regions, or from a class."
 
@@ -91,6 +92,10 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, help="of the sampled tokens (1)")
     group.add_argument("--guidance", type=float, help="classifier-free guidance (0)")
     group.add_argument("--seed", type=int, help="of the random draws (0)")
+    group.add_argument(
+        "--condition-mode", choices=CONDITION_MODES,
+        help="what becomes of condition tokens: as the model was trained (commit)",
+    )  # fmt: skip
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:

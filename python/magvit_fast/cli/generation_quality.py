@@ -18,6 +18,7 @@ from magvit_fast.cli.generate import decoding_options
 from magvit_fast.cli.measures import load_networks, measure_rows
 from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import Processes, positive_int, table
+from magvit_fast.data.actions import read_actions
 from magvit_fast.data.clips import cut_window
 from magvit_fast.data.video import probe, read_video
 from magvit_fast.decoding import clip_geometry
@@ -71,6 +72,7 @@ class _Job:
     protocol: Protocol
     span: int  # frames read of each real clip
     files: list[Path]
+    lengths: list[int]
     classes: list[str]
     options: dict[str, Any]
     device: torch.device
@@ -88,7 +90,7 @@ def measure_generation(
     if args.protocol is not None and args.clips is not None:
         raise ValueError(f"--clips: protocol {args.protocol} says which clips; leave it out")
     lengths = [probe(file).frames for file in files]
-    job = _job(files, tokenizer, transformer, args, device)
+    job = _job(files, lengths, tokenizer, transformer, args, device)
     protocol = job.protocol
     usable = sum(length >= job.span for length in lengths)
     if not usable:
@@ -144,6 +146,7 @@ def measure_generation(
 
 def _job(
     files: list[Path],
+    lengths: list[int],
     tokenizer: VideoTokenizer,
     transformer: VideoTransformer,
     args: argparse.Namespace,
@@ -164,6 +167,8 @@ def _job(
         options |= {k: v for k, v in settings.items() if getattr(args, k) is None}
     ahead = isinstance(task, FrameTask) and not task.last
     frames = min(protocol.frames, geometry.frames)
+    if options["condition_mode"] == "latent":
+        ahead = False  # the tokens of the given slots are those of the true clip
     span = frames if ahead or not task.has_condition else max(frames, geometry.frames)
     classes: list[str] = []
     if task.class_conditional:
@@ -176,7 +181,17 @@ def _job(
             )
     protocol = dataclasses.replace(protocol, frames=frames)
     return _Job(
-        tokenizer, transformer, geometry, task, protocol, span, files, classes, options, device
+        tokenizer,
+        transformer,
+        geometry,
+        task,
+        protocol,
+        span,
+        files,
+        lengths,
+        classes,
+        options,
+        device,
     )
 
 
@@ -219,6 +234,9 @@ def _samples(job: _Job, batch: Sequence[ClipRequest], number: int) -> tuple[Tens
             for r in batch
         ]
     ).to(job.device)
+    actions = None
+    if getattr(job.transformer.config, "action_dim", 0):
+        actions = torch.stack([_actions(job, r) for r in batch]).to(job.device)
     made = mf.generate(
         job.tokenizer,
         job.transformer,
@@ -227,10 +245,17 @@ def _samples(job: _Job, batch: Sequence[ClipRequest], number: int) -> tuple[Tens
         class_id=[job.classes.index(job.files[r.video].parent.name) for r in batch]
         if job.task.class_conditional
         else None,
+        actions=actions,
         **(job.options | {"seed": job.options["seed"] + _SEED_STEP * number}),
     ).float()
     frames = job.protocol.frames
     return _compared(made[:, :, :frames], job), _compared(real[:, :, :frames], job)
+
+
+def _actions(job: _Job, request: ClipRequest) -> Tensor:
+    """[frames, A]: the rows of a clip's frames, from the array beside its file."""
+    rows = read_actions(job.files[request.video], job.lengths[request.video])
+    return rows[request.start : request.start + job.geometry.frames]
 
 
 def _compared_size(job: _Job) -> tuple[int, int]:
