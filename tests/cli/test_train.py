@@ -6,9 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tests.training.tiny import write_scene
 
-from magvit_fast.models import MagvitV2Tokenizer, MaskedTransformer
+from magvit_fast.models import (
+    FrameTokenizer,
+    MagvitV2Tokenizer,
+    MaskedTransformer,
+    MaskViTTransformer,
+)
 from magvit_fast.training import TrainingResult
 
 pytest.importorskip("accelerate")
@@ -115,3 +122,83 @@ def test_devices(fails: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = _recipe(tmp_path, "one", TOKENIZER)
     line = fails("train", "tokenizer", path, "--device", "cuda:1")
     assert "CUDA_VISIBLE_DEVICES" in line
+
+
+MASKVIT = """
+tokenizer = "{folder}/one/tokenizer"
+
+[run]
+output = "{folder}/three"
+steps = 2
+batch_size = 2
+workers = 0
+tensorboard = false
+
+[data]
+path = "{folder}/robot"
+frames = 3
+size = 16
+flip = false
+actions = true
+
+[tokens]
+path = "{folder}/robot-tokens"
+
+[model]
+system = "maskvit"
+frames = 3
+grid = [4, 4]
+codebook_size = 16
+action_dim = 2
+hidden_size = 16
+num_blocks = 1
+num_heads = 2
+mlp_size = 32
+window = [2, 2]
+
+[task]
+goal = true
+"""
+FRAMES = """
+[run]
+output = "{folder}/one"
+steps = 1
+batch_size = 1
+workers = 0
+tensorboard = false
+
+[data]
+path = "{folder}/robot"
+frames = 2
+size = 16
+
+[model]
+system = "maskvit"
+filters = 8
+channel_multipliers = [1, 1, 1]
+num_res_blocks = 1
+codebook_size = 16
+embedding_dim = 4
+
+[discriminator]
+frame_by_frame = true
+clip = [1, 16, 16]
+filters = 4
+channel_multipliers = [2]
+"""
+
+
+def test_both_stages_of_maskvit_with_actions(cli: Callable, tmp_path: Path) -> None:
+    for seed in range(2):
+        write_scene(tmp_path / f"robot/{seed}.mp4", seed, 4, 16)
+        np.save(tmp_path / f"robot/{seed}.npy", np.full((4, 2), 0.5 * seed))
+    for stage, name, text in (
+        ("tokenizer", "one", FRAMES),
+        ("transformer", "three", MASKVIT),
+    ):
+        done = cli("train", stage, _recipe(tmp_path, name, text), "--json")
+        assert done.status == 0, done.err
+        assert Path(json.loads(done.out)["output"]) == tmp_path / name / stage
+    FrameTokenizer.from_pretrained(tmp_path / "one" / "tokenizer")
+    model = MaskViTTransformer.from_pretrained(tmp_path / "three" / "transformer")
+    assert model.config.action_dim == 2

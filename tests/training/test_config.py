@@ -15,6 +15,7 @@ from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformer
 from magvit_fast.training.config import TokenizerTraining, TransformerTraining, load_recipe
+from magvit_fast.training.maskvit_config import load_transformer_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RUN = '[run]\noutput = "out"\nsteps = 10\nbatch_size = 4\n'
@@ -28,7 +29,9 @@ def read(tmp_path, text, kind=TokenizerTraining):
 
 
 def kind_of(path: Path) -> type:
-    return TransformerTraining if "\ntokenizer = " in path.read_text() else TokenizerTraining
+    if "\ntokenizer = " not in path.read_text():
+        return TokenizerTraining
+    return type(load_transformer_recipe(path))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.name)

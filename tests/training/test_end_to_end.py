@@ -9,14 +9,18 @@ import pytest
 import torch
 from tests.training.tiny import write_scene
 
+import magvit_fast as mf
 from magvit_fast.data.tokens import TokenClips
 from magvit_fast.data.video import read_video
+from magvit_fast.models.frame_tokenizer import FrameTokenizer
 from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
 from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.models.maskvit import MaskViTTransformer
 from magvit_fast.training import (
     TokenizerTraining,
     TransformerTraining,
     load_recipe,
+    load_transformer_recipe,
     train_tokenizer,
     train_transformer,
 )
@@ -60,3 +64,21 @@ def test_videos_to_tokenizer_to_shards_to_transformer(videos, caplog):
         "step-00000002",
         "step-00000003",
     ]
+
+
+def test_maskvit_from_videos_to_predicted_frames(videos):
+    recipe = load_recipe(RECIPES / "tiny-maskvit-tokenizer.toml", TokenizerTraining)
+    first = train_tokenizer(recipe, progress=False)
+    second = train_transformer(
+        load_transformer_recipe(RECIPES / "tiny-maskvit-transformer.toml"), progress=False
+    )
+    assert all(h["discriminator_r1"] >= 0 and h["adversarial"] > 0 for h in first.history)
+    assert [h["step"] for h in second.history] == [1, 2]
+    tokenizer = FrameTokenizer.from_pretrained(first.output)
+    transformer = MaskViTTransformer.from_pretrained(second.output)
+    clip = read_video("videos/0.mp4", frames=4, size=16)[None]
+    out = mf.generate(tokenizer, transformer, task="frame_prediction", video=clip, steps=3)
+    assert out.shape == clip.shape
+    # the given frame comes back as the tokenizer has it
+    again = tokenizer.decode(tokenizer.encode(clip[:, :, :1]))
+    torch.testing.assert_close(out[:, :, :1], again)

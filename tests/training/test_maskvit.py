@@ -1,4 +1,4 @@
-"""MaskViT's second stage: tokens of frames, its masking rule, actions, goals, resuming."""
+"""MaskViT's two stages: frames as images; its masking rule, actions, goals, resuming."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.training.tiny import MODEL as V2
-from tests.training.tiny import SCENES, run, write_scene
+from tests.training.tiny import SCENES, run, tokenizer_recipe, write_scene
 
 from magvit_fast.data.order import Draw
 from magvit_fast.data.tokens import TokenClips
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models import (
-    MagvitConfig,
-    MagvitTokenizer,
+    DiscriminatorConfig,
+    FrameTokenizer,
+    FrameTokenizerConfig,
     MagvitV2Tokenizer,
     MaskViTConfig,
     MaskViTTransformer,
@@ -37,10 +38,15 @@ from magvit_fast.training.maskvit_config import FutureConfig
 from magvit_fast.training.maskvit_loop import MaskViTTrainer
 from magvit_fast.training.run import new_accelerator
 from magvit_fast.training.sources import open_clips
+from magvit_fast.training.tokenizer_loop import (
+    TokenizerTrainer,
+    frames_as_images,
+    train_tokenizer,
+)
 
-FRAMES = MagvitConfig(
-    filters=8, channel_multipliers=(1, 2), temporal_downsample=(False,), num_res_blocks=1,
-    norm_groups=4, codebook_size=16, embedding_dim=4, frame_by_frame=True,
+FRAMES = FrameTokenizerConfig(
+    filters=8, channel_multipliers=(1, 2), num_res_blocks=1, norm_groups=4, codebook_size=16,
+    embedding_dim=4,
 )  # fmt: skip
 SHAPE = MaskViTConfig(
     frames=4, grid=(4, 4), codebook_size=16, hidden_size=16, num_blocks=1, num_heads=2, mlp_size=32,
@@ -53,7 +59,7 @@ CLIPS = dataclasses.replace(SCENES, frames=4, size=8)  # -> 4 x 4 x 4 tokens
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "model"
     torch.manual_seed(0)
-    MagvitTokenizer(FRAMES).save_pretrained(folder)
+    FrameTokenizer(FRAMES).save_pretrained(folder)
     return folder
 
 
@@ -65,6 +71,54 @@ def robot(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_scene(folder / f"{seed}.mp4", seed, 5, 16)
         np.save(folder / f"{seed}.npy", np.random.default_rng(seed).normal(size=(5, 3)))
     return folder
+
+
+def test_the_tokenizer_is_trained_on_single_frames(tmp_path: Path) -> None:
+    """Clips of two frames and twice as many images give the same losses, R1 included."""
+    clips = torch.rand(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    judge = DiscriminatorConfig(
+        filters=4,
+        channel_multipliers=(2, 2),
+        pooling="average",
+        frame_by_frame=True,
+        clip=(1, 8, 8),
+    )
+    values = []
+    for frames, video in ((2, clips), (1, frames_as_images(clips))):
+        data = dataclasses.replace(CLIPS, frames=frames)
+        config = tokenizer_recipe(
+            tmp_path / str(frames), data=data, model=FRAMES, discriminator=judge
+        )
+        torch.manual_seed(1)
+        trainer = TokenizerTrainer(new_accelerator(config.run), config)
+        assert trainer.discriminator.config.clip == (1, 8, 8)
+        values.append(trainer.forward_backward({"video": video}, 0, 0))
+        assert all(p.grad is not None for p in trainer.networks.parameters())
+    assert {"discriminator_r1", "adversarial", "psnr"} <= values[0].keys()
+    torch.testing.assert_close(values[0], values[1])
+    assert torch.equal(frames_as_images(clips)[3, :, 0], clips[1, :, 1])
+
+
+def test_the_tokenizer_trains_and_is_stored(tmp_path: Path) -> None:
+    judge = DiscriminatorConfig(
+        filters=4,
+        channel_multipliers=(2, 2),
+        pooling="average",
+        frame_by_frame=True,
+        clip=(1, 8, 8),
+    )
+    config = tokenizer_recipe(
+        tmp_path,
+        data=CLIPS,
+        model=FRAMES,
+        discriminator=judge,
+        steps=30,
+        log_every=10,
+        batch_size=2,
+    )
+    result = train_tokenizer(config, progress=False)
+    assert result.history[-1]["reconstruction"] < result.history[0]["reconstruction"]
+    assert isinstance(load_tokenizer(result.output), FrameTokenizer)
 
 
 def recipe(output: Path, tokenizer: Path, **changes: Any) -> MaskViTTraining:

@@ -51,6 +51,10 @@ def _image_discriminator(size: int, *multipliers: int) -> dict[str, Any]:
     }
 
 
+def _frame_discriminator(size: int, *multipliers: int) -> dict[str, Any]:
+    return {**_image_discriminator(size, *multipliers), "filters": 64, "pooling": "average"}
+
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "MagvitV2Tokenizer": {
         # MAGVIT-v2, appendix architecture figure: 376,003,221 parameters, 17x128x128 -> 5x16x16.
@@ -193,6 +197,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "magvit-v2-image-128": _image_discriminator(128, 2, 4, 4, 4, 4),
         "magvit-v2-image-256": _image_discriminator(256, 2, 2, 4, 4, 4),
         "magvit-v2-image-512": _image_discriminator(512, 2, 2, 4, 4, 4, 4),
+        # For MaskViT's frame tokenizers (whose own is not published): MAGVIT's, in 2D, down to 4x4.
+        "maskvit-frame-64": _frame_discriminator(64, 2, 4, 4, 4),
+        "maskvit-frame-128": _frame_discriminator(128, 2, 4, 4, 4, 4),
+        "maskvit-frame-256": _frame_discriminator(256, 2, 4, 4, 4, 4, 4),
         # For training the demo's tokenizer.
         "magvit-v2-demo": {
             "clip": (17, 64, 64),

@@ -187,6 +187,9 @@ class EntropyConfig:
 class TokenizerTraining:
     """Stage one. The discriminator's clip is set from [data]; loss.adversarial 0 trains without it.
 
+    A frame-by-frame (2D) model and its discriminator take the frames of all clips as one batch of
+    images, so that data.frames above 1 only spares the reading of files.
+
     model: of MAGVIT-v2; of MAGVIT where its table says system = "magvit", of MaskViT where it says
         "maskvit".
     init_from: a folder or hub id of a tokenizer whose weights this one starts with: one of the same

@@ -110,6 +110,8 @@ class TokenizerTrainer:
         """Losses of one part of a batch; their gradients are added to the networks'."""
         accelerator, weights = self.accelerator, self.config.loss
         video: Tensor = batch["video"]
+        if self.config.model.frame_by_frame:
+            video = frames_as_images(video)
         with accelerator.accumulate(*self.networks.values()):
             output = self.tokenizer(video)
             fake = output.reconstruction.float()
@@ -211,6 +213,11 @@ def start_from(
         log.warning("%s: not in it or of another shape, so left as they are: %s", name, kept)
 
 
+def frames_as_images(video: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B * T, C, 1, H, W]: a 2D tokenizer's losses are of single frames."""
+    return video.movedim(2, 1).flatten(0, 1).unsqueeze(2)
+
+
 def run_in_full_precision(module: nn.Module, device_type: str) -> None:
     """Keep autocast out of this module's forward pass."""
     module.forward = torch.autocast(device_type, enabled=False)(module.forward)
@@ -225,7 +232,8 @@ def _psnr(prediction: Tensor, target: Tensor) -> Tensor:
 def _new_discriminator(config: TokenizerTraining) -> Discriminator3D | None:
     if config.loss.adversarial == 0:
         return None
-    clip = (config.data.frames, config.data.size, config.data.size)
+    frames = 1 if config.model.frame_by_frame else config.data.frames
+    clip = (frames, config.data.size, config.data.size)
     shape = dataclasses.replace(config.discriminator, clip=clip)
     if config.data.image_ratio > 0 and not shape.takes_images:
         raise ValueError(
