@@ -52,6 +52,9 @@ SHAPE = MaskViTConfig(
     frames=4, grid=(4, 4), codebook_size=16, hidden_size=16, num_blocks=1, num_heads=2, mlp_size=32,
     window=(2, 2),
 )  # fmt: skip
+JUDGE = DiscriminatorConfig(
+    filters=4, channel_multipliers=(2, 2), pooling="average", frame_by_frame=True, clip=(1, 8, 8)
+)
 CLIPS = dataclasses.replace(SCENES, frames=4, size=8)  # -> 4 x 4 x 4 tokens
 
 
@@ -76,18 +79,11 @@ def robot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tokenizer_is_trained_on_single_frames(tmp_path: Path) -> None:
     """Clips of two frames and twice as many images give the same losses, R1 included."""
     clips = torch.rand(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    judge = DiscriminatorConfig(
-        filters=4,
-        channel_multipliers=(2, 2),
-        pooling="average",
-        frame_by_frame=True,
-        clip=(1, 8, 8),
-    )
     values = []
     for frames, video in ((2, clips), (1, frames_as_images(clips))):
         data = dataclasses.replace(CLIPS, frames=frames)
         config = tokenizer_recipe(
-            tmp_path / str(frames), data=data, model=FRAMES, discriminator=judge
+            tmp_path / str(frames), data=data, model=FRAMES, discriminator=JUDGE
         )
         torch.manual_seed(1)
         trainer = TokenizerTrainer(new_accelerator(config.run), config)
@@ -100,18 +96,11 @@ def test_the_tokenizer_is_trained_on_single_frames(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_trains_and_is_stored(tmp_path: Path) -> None:
-    judge = DiscriminatorConfig(
-        filters=4,
-        channel_multipliers=(2, 2),
-        pooling="average",
-        frame_by_frame=True,
-        clip=(1, 8, 8),
-    )
     config = tokenizer_recipe(
         tmp_path,
         data=CLIPS,
         model=FRAMES,
-        discriminator=judge,
+        discriminator=JUDGE,
         steps=30,
         log_every=10,
         batch_size=2,
