@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,43 @@ def test_generate_as_the_model_was_trained(
         assert json.loads(result.out)["condition_mode"] == mode
         found[mode] = read_video(out)
     assert not torch.equal(found["commit"], found["fixed"])
+
+
+def test_generate_at_another_size(
+    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+) -> None:
+    """The transformer knows 4 x 4 cells of 4 pixels: 12 x 8 is its corner, 20 x 16 interpolated."""
+    words = (*PREDICT, "--video", clip, "-o", tmp_path / "x.mp4", *models.both, "--steps", "2")
+    assert cli(*words, "--size", "12x8").status == 0
+    assert (probe(tmp_path / "x.mp4").height, probe(tmp_path / "x.mp4").width) == (12, 8)
+    assert "too few for (3, 5, 4)" in fails(*words, "--size", "20x16")
+    assert cli(*words, "--size", "20x16", "--positions", "interpolate").status == 0
+    assert probe(tmp_path / "x.mp4").height == 20
+    assert "--size: expected multiples of the tokenizer's 4" in fails(*words, "--size", "18x16")
+
+
+def test_generate_an_image_with_the_published_settings(
+    cli: Callable, fails: Callable, models: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = MagvitV2Tokenizer.from_pretrained(models.tokenizer).config
+    flat = {"frame_by_frame": True, "temporal_downsample": (False, False)}
+    MagvitV2Tokenizer(dataclasses.replace(config, **flat)).save_pretrained(tmp_path / "tokenizer")
+    transformer = MaskedTransformer.from_pretrained(models.transformer)
+    transformer.with_grid((1, 4, 4)).save_pretrained(tmp_path / "transformer")
+    pair = ["--tokenizer", tmp_path / "tokenizer", "--transformer", tmp_path / "transformer"]
+    words = ("generate", "--task", "class_generation", "--class-id", "1", "--json")
+    named = (*words, "--settings", "magvit-v2-image-256-guided", "--steps", "3")
+    result = cli(*named, *pair, "-o", tmp_path / "image.png")
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    assert (facts["steps"], facts["choice_temperature"]) == (3, 15.0)
+    assert facts["guidance"] == {"scale": 24.0, "schedule": "cosine_power", "power": 4.0}
+    assert read_video(tmp_path / "image.png").shape == (3, 1, 16, 16)
+    result = cli(*named, *pair, "--guidance", "2", "-o", tmp_path / "image.png")
+    assert json.loads(result.out)["guidance"]["scale"] == 2.0
+    line = fails(*words, *models.both, "--steps", "1", "-o", tmp_path / "clip.png")
+    assert "a .png holds one image, but the result has 9 frames" in line
 
 
 def test_generate_bad_input(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:

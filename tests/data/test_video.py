@@ -19,6 +19,7 @@ from magvit_fast.data.video import (
     probe,
     read_video,
     write_frames,
+    write_image,
     write_video,
 )
 from magvit_fast.errors import FileFormatError, FileWriteError, MissingExtraError
@@ -364,3 +365,18 @@ def test_full_disk_while_encoding(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.mp4"]
+
+
+def test_images_come_back_exactly(tmp_path: Path) -> None:
+    for height, width in ((16, 24), (7, 5), (1, 1)):
+        generator = torch.Generator().manual_seed(height)
+        pixels = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        for image in (pixels, pixels.float() / 255):
+            write_image(tmp_path / "image.png", image)
+            back = read_video(tmp_path / "image.png")
+            assert torch.equal((back[:, 0] * 255).round().to(torch.uint8), pixels)
+    with pytest.raises(ValueError, match=r"frame: expected \[3, H, W\]"):
+        write_image(tmp_path / "bad.png", torch.zeros(1, 4, 4))
+    with pytest.raises(FileWriteError):
+        write_image(tmp_path / "image.png" / "x.png", pixels)
+    assert not (tmp_path / "bad.png").exists()

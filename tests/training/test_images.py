@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.training.tiny import MODEL, SCENES, tokenizer_recipe, write_scene
 
 from magvit_fast.data.order import BatchOrder, Draw
+from magvit_fast.data.video import write_image
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models import DiscriminatorConfig, MagvitTokenizer, MagvitV2Tokenizer
 from magvit_fast.models.magvit import MagvitConfig
@@ -24,28 +25,15 @@ FLAT = dataclasses.replace(MODEL, frame_by_frame=True, temporal_downsample=(Fals
 JUDGE = DiscriminatorConfig((1, 16, 16), filters=4, channel_multipliers=(2, 2), frame_by_frame=True)
 
 
-def save_png(path, pixels):
-    """uint8 [H, W, 3] as a PNG file."""
-    import av
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="image2", options={"update": "1"}) as file:
-        stream = file.add_stream("png", rate=1)
-        stream.height, stream.width = pixels.shape[:2]
-        stream.pix_fmt = "rgb24"
-        for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-            file.mux(packet)
-        for packet in stream.encode(None):
-            file.mux(packet)
-
-
 @pytest.fixture
 def images(tmp_path):
     """Six images of two classes, each of one gray of its own (40, 60, ...)."""
     folder = tmp_path / "images"
     for i in range(6):
-        pixels = np.full((24, 40, 3), 40 + 20 * i, np.uint8)
-        save_png(folder / ("cat" if i % 2 else "dog") / f"{i}.png", pixels)
+        pixels = torch.full((3, 24, 40), 40 + 20 * i, dtype=torch.uint8)
+        path = folder / ("cat" if i % 2 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(path, pixels)
     return folder
 
 

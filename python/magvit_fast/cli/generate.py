@@ -22,6 +22,7 @@ from magvit_fast.cli.runtime import (
     add_tokenizer_option,
     add_transformer_option,
     check_output,
+    frame_size,
     implementation,
     load_tokenizer,
     load_transformer,
@@ -32,10 +33,11 @@ from magvit_fast.cli.runtime import (
 from magvit_fast.cli.sheet import check_matplotlib
 from magvit_fast.cli.task_sheet import run_tasks, synthetic_video, task_rows, write_task_sheet
 from magvit_fast.data.actions import read_action_array
-from magvit_fast.data.video import probe, write_frames
-from magvit_fast.decoding import clip_geometry, generate_stream
+from magvit_fast.data.video import probe, write_frames, write_image
+from magvit_fast.decoding import Guidance, clip_geometry, generate_stream, published
+from magvit_fast.decoding.published import PUBLISHED_NAMES
 from magvit_fast.errors import FileFormatError
-from magvit_fast.models import VideoTransformer
+from magvit_fast.models import MaskedTransformer, VideoTokenizer, VideoTransformer
 from magvit_fast.tasks import CONDITION_MODES, TASKS, ClipGeometry, FrameTask, Task, get_task
 
 # MAGVIT, section 3.3 and table 10.
@@ -53,7 +55,18 @@ HELP = "Generate a video: predict frames, fill regions, or from a class."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, choices=(*TASKS, "all"))
-    parser.add_argument("-o", "--output", metavar="VIDEO", help=".mp4 file (H.264)")
+    parser.add_argument(
+        "-o", "--output", metavar="VIDEO", help=".mp4 file (H.264); .png for a single image"
+    )
+    parser.add_argument(
+        "--size", type=frame_size, metavar="HxW",
+        help="of the result, other than the transformer was trained for (see --positions)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--positions", choices=("corner", "interpolate"), default="corner",
+        help="how --size uses the learned positions: the corner of a larger grid (default), or "
+        "interpolated to any grid",
+    )  # fmt: skip
     parser.add_argument(
         "--sheet", metavar="PNG",
         help="in place of a video: condition, result and truth of the task, or of all ten; without "
@@ -86,6 +99,10 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "masked decoding", "defaults: those found for the model that comes along, else the paper's"
     )
+    group.add_argument(
+        "--settings", choices=PUBLISHED_NAMES, metavar="NAME",
+        help="start from a paper's: " + ", ".join(PUBLISHED_NAMES),
+    )  # fmt: skip
     group.add_argument("--steps", type=positive_int, help="passes (12)")
     group.add_argument("--schedule", help="mask schedule (cosine)")
     group.add_argument("--choice-temperature", type=float, help="noise on the confidence (4.5)")
@@ -99,12 +116,17 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of mf.generate: the command line's, else the model's, else the paper's."""
+    """Arguments of mf.generate: the command line's, else those of --settings, else the shipped
+    model's, else MAGVIT's."""
     options = dict(_PAPER)
-    if args.transformer is None:
+    if args.settings is not None:
+        options |= published(args.settings)
+    elif args.transformer is None:
         options |= shipped_decoding()
-    given = {name: getattr(args, name) for name in _PAPER}
-    return options | {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name in _PAPER if (value := getattr(args, name)) is not None}
+    if "guidance" in given and isinstance(options["guidance"], Guidance):  # its schedule stays
+        given["guidance"] = dataclasses.replace(options["guidance"], scale=given["guidance"])
+    return options | given
 
 
 def shipped_decoding() -> dict[str, Any]:
@@ -127,7 +149,9 @@ def run(args: argparse.Namespace) -> Outcome:
         tokenizer = load_tokenizer(args.tokenizer, device)
         transformer = load_transformer(args.transformer, device)
         check_output(args.output, args.video, args.goal, args.actions)
+        transformer = _of_size(args, tokenizer, transformer)
         task, geometry = _task(args), clip_geometry(tokenizer, transformer)
+        _check_image(args, geometry)
         given = _given(args, task, geometry)
         options = decoding_options(args)
         began = time.perf_counter()
@@ -145,7 +169,11 @@ def run(args: argparse.Namespace) -> Outcome:
                 **options,
             )
             frames = (frame for piece in pieces for frame in piece[0].cpu().unbind(dim=1))
-            count = write_frames(args.output, frames, fps)
+            if _is_image(args.output):
+                write_image(args.output, next(frames))
+                count = 1
+            else:
+                count = write_frames(args.output, frames, fps)
         elapsed = time.perf_counter() - began
         facts: dict[str, Any] = {
             "task": args.task,
@@ -173,7 +201,7 @@ def run(args: argparse.Namespace) -> Outcome:
 def _sheet(args: argparse.Namespace) -> Outcome:
     check_matplotlib()
     check_output(args.sheet, args.video)
-    for name in ("frames", "fps", "goal", "actions", "given"):
+    for name in ("frames", "fps", "goal", "actions", "given", "size"):
         if getattr(args, name) is not None:
             raise ValueError(
                 f"--{name}: a sheet shows one clip of each task as it is; leave it out"
@@ -222,6 +250,35 @@ def _sheet(args: argparse.Namespace) -> Outcome:
             "device": str(device),
         }
     return Outcome(facts, table(task_rows(results) | {"written": args.sheet}))
+
+
+def _of_size(
+    args: argparse.Namespace, tokenizer: VideoTokenizer, transformer: VideoTransformer
+) -> VideoTransformer:
+    """The transformer, for the grid that --size asks for."""
+    if args.size is None:
+        return transformer
+    if not isinstance(transformer, MaskedTransformer):
+        raise ValueError(
+            f"--size: expected a MaskedTransformer, this one is a {type(transformer).__name__}"
+        )
+    (height, width), stride = args.size, tokenizer.config.space_stride
+    if height % stride or width % stride:
+        raise ValueError(
+            f"--size: expected multiples of the tokenizer's {stride}, got {height}x{width}"
+        )
+    grid = (transformer.config.grid[0], height // stride, width // stride)
+    return transformer.with_grid(grid, args.positions)
+
+
+def _is_image(path: str) -> bool:
+    return Path(path).suffix.lower() == ".png"
+
+
+def _check_image(args: argparse.Namespace, geometry: ClipGeometry) -> None:
+    frames = args.frames or geometry.frames
+    if _is_image(args.output) and frames > 1:
+        raise ValueError(f"--output: a .png holds one image, but the result has {frames} frames")
 
 
 @contextlib.contextmanager

@@ -363,6 +363,30 @@ def write_frames(
     return count
 
 
+def write_image(path: PathLike, image: Tensor) -> None:
+    """Write a PNG file, whole or not at all. `read_video` gives its pixels back exactly.
+
+    Args:
+        path: destination; an existing file is replaced.
+        image: float [C=3, H, W] in [0, 1] (clamped, rounded to 8 bits), or uint8 in [0, 255].
+
+    Raises:
+        ValueError: wrong shape, dtype, range or a non-finite value.
+        FileWriteError: the destination cannot be written.
+        MissingExtraError: PyAV is not installed.
+    """
+    av = _av()
+    padded = _to_uint8(image)
+    pixels = np.ascontiguousarray(padded[: image.shape[1], : image.shape[2]])
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width = pixels.shape[:2]
+    codec.pix_fmt, codec.time_base = "rgb24", Fraction(1)
+    packets = [*codec.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))]
+    packets += codec.encode(None)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
+
+
 def _add_h264_stream(container: Any, shape: tuple[int, ...], fps: float, crf: float) -> Any:
     rate = Fraction(fps).limit_denominator(1001)
     stream = container.add_stream(
