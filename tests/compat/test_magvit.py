@@ -185,7 +185,12 @@ def tokenizer_tree(f: int, multipliers: tuple[int, ...], blocks: int, flat: bool
 
 @pytest.mark.parametrize(
     ("architecture", "padding", "mode"),
-    [("3dcnn", None, "constant"), ("3dcnn", "reflect", "reflect"), ("2dcnn", None, "constant")],
+    [
+        ("3dcnn", None, "constant"),
+        ("3dcnn", "reflect", "reflect"),
+        ("3dcnn", "wrap", "circular"),
+        ("2dcnn", None, "constant"),
+    ],
 )
 def test_a_whole_tokenizer_equals_a_replay_of_its_tree(
     architecture: str, padding: str | None, mode: str
@@ -370,7 +375,7 @@ def test_bad_trees_and_settings_are_named() -> None:
     for settings, message in (
         ({"norm_type": "LN"}, "norm_type 'LN' is not supported"),
         ({"architecture": "2plus1dcnn"}, "architecture"),
-        ({"custom_conv_padding": "wrap"}, "custom_conv_padding"),
+        ({"custom_conv_padding": "linear_ramp"}, "custom_conv_padding"),
         ({"num_enc_res_blocks": 3}, "as many encoder as decoder"),
         ({"filterz": 3}, "filterz unknown"),
     ):

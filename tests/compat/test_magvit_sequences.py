@@ -59,7 +59,11 @@ def test_every_task_has_a_name() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_multi_task_sequences_match_the_release(name: str) -> None:
     task, arrays = TASKS[NAMES[name]], golden()
-    vocabulary = Vocabulary(1024, num_classes=int(arrays["num_classes"]), num_special=16)
+    vocabulary = Vocabulary(
+        int(arrays["codebook_size"]), int(arrays["num_classes"]), int(arrays["num_special"])
+    )
+    assert vocabulary == Vocabulary(1024, 5, 16)
+    assert vocabulary.num_classes + 1 == int(arrays["num_class_rows"])
     assert vocabulary.size == int(arrays["vocab_size"])
     assert task_token(task) == int(arrays[f"{name}/task_token"])
     inside = None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.goldens import load_goldens
 
+from magvit_fast.decoding.confidence import probability
 from magvit_fast.decoding.masked import (
     MaskedDecoding,
     decode_masked,
     likely_values,
     masked_decoding_steps,
 )
-from magvit_fast.decoding.schedules import Guidance, unknown_counts
+from magvit_fast.decoding.schedules import Guidance, mask_fraction, unknown_counts
 from magvit_fast.nn.embedding import unpack_subtokens
 
 GOLDEN = "magvit_v1/04_decode_N64"
@@ -38,65 +41,126 @@ class Tables:
         names = ("position", "token", "previous")
         self.tables = [torch.from_numpy(golden[f"{case}/table_{n}"]) for n in names]
         self.seen: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
 
     def __call__(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         position, token, previous = self.tables
         ids = torch.where(mask, token.shape[0] - 1, tokens)
         self.seen.append(torch.where(mask, -1, tokens))
-        return (position + token[ids] + previous[ids.roll(1, 1)]).unsqueeze(2)
+        self.logits.append((position + token[ids] + previous[ids.roll(1, 1)]).unsqueeze(2))
+        return self.logits[-1]
+
+
+class Replay:
+    """One stored case: its network and what masked decoding makes of it."""
+
+    def __init__(self, golden: dict[str, np.ndarray], case: str) -> None:
+        self.golden, self.case = golden, case
+        self.steps, self.shape = int(self.get("K")), self.get("inputs").shape
+        self.batch, self.n = self.shape[0], self.get("inputs")[0].numel()
+        self.top_k = int(self.get("sampling_topk"))
+        self.mode = str(golden[f"{case}/condition_mode"])
+        self.fixed = self.mode in ("input->input", "cond->cond")
+        conditional = f"{case}/cond_tokens" in golden
+        rows = (self.batch, self.n)
+        self.condition = torch.zeros(rows).long()
+        self.inside = torch.zeros(rows).bool()
+        if conditional:
+            self.condition = self.get("cond_tokens").long().view(rows)
+            self.inside = self.get("cond_mask").view(rows)
+        if self.mode == "input->input":
+            self.condition = self.get("inputs").long().view(rows)
+        self.network = Tables(golden, case)
+
+    def get(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(self.golden[f"{self.case}/{name}"]))
+
+    def settings(self, *, named: bool = False) -> MaskedDecoding:
+        """With the release's float32 counts, or by the name of the schedule."""
+        counts = tuple(self.get("num_unknown")[1:, 0].tolist())
+        return MaskedDecoding(
+            steps=self.steps,
+            schedule=str(self.golden[f"{self.case}/schedule"]) if named else counts,
+            temperature=float(self.get("sampling_temperature")),
+            choice_temperature=float(self.get("mask_temperature")),
+            top_k=self.top_k,
+            top_p=float(self.get("sampling_topp")),
+            fixed_condition=self.fixed,
+        )
+
+    def noise(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        values, choice = self.get("gumbel_sample"), self.get("gumbel_mask")
+        if self.top_k:
+            # stored for the logits in falling order: put every number where its logit is
+            order = self.get("logits").sort(dim=-1, descending=True, stable=True).indices
+            zeros = torch.zeros_like(self.get("logits"))
+            values = zeros.scatter(-1, order[..., : self.top_k], values)
+        return [
+            (values[k].view(self.batch, self.n, 1, -1), choice[k].view(self.batch, self.n))
+            for k in range(self.steps)
+        ]
+
+    def check_step(self, k: int, unknown: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Everything that the release computes within step k, from what it knew before it."""
+        steps, shape, progress = self.steps, self.shape, (k + 1) / self.steps
+        assert torch.equal(self.network.seen[k].view(shape), self.get("tokens_in")[k].long()), k
+        shown = unknown & self.inside & (not self.fixed)
+        assert torch.equal(shown.view(shape), self.get("segment_in")[k].bool()), k
+        logits = self.get("logits")[k]
+        ours = self.network.logits[k].view(*shape, -1)
+        torch.testing.assert_close(ours, logits, atol=1e-5, rtol=0)
+        assert logits.shape[-1] == int(self.get("vocab"))
+        assert torch.equal(tokens.view(shape), self.get("tokens_full")[k].long()), k
+        confidence = self.get("confidence")[k].view(self.batch, self.n)
+        p = probability(self.network.logits[k], tokens)
+        torch.testing.assert_close(p[unknown], confidence[unknown], atol=1e-6, rtol=1e-5)
+        assert confidence[~unknown].isinf().all()
+        noise = float(self.get("mask_temperature")) * (1 - progress) * self.noise()[k][1]
+        score = self.get("mask_score")[k].view(self.batch, self.n)
+        expected = (p.log() + noise)[unknown]
+        torch.testing.assert_close(score[unknown], expected, atol=2e-4, rtol=1e-5)
+        limit = unknown.sum(1) - 1
+        assert torch.equal(limit, self.get("limit_max")[k].long())
+        total = int(self.get("num_unknown")[0, 0])
+        share = mask_fraction(str(self.golden[f"{self.case}/schedule"]), progress, total)
+        assert share == pytest.approx(float(self.get("ratio")[k]), abs=2e-6)
+        if k < steps - 1:
+            wanted = [
+                max(1, min(math.floor(float(self.get("ratio")[k]) * total), int(most)))
+                for most in limit
+            ]
+            official = self.get("num_unknown")[k + 1].tolist()
+            assert all(0 <= a - b <= 1 for a, b in zip(wanted, official, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_replays_the_official_decoding(case: str) -> None:
-    golden = load_goldens(GOLDEN)
-
-    def get(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(golden[f"{case}/{name}"]))
-
-    steps, shape = int(get("K")), get("inputs").shape
-    batch, n = shape[0], get("inputs")[0].numel()
-    has_condition = f"{case}/cond_tokens" in golden
-    condition = (
-        get("cond_tokens").long().view(batch, n) if has_condition else torch.zeros(batch, n).long()
-    )
-    inside = get("cond_mask").view(batch, n) if has_condition else torch.zeros(batch, n).bool()
-    fixed = str(golden[f"{case}/condition_mode"]) in ("input->input", "cond->cond")
-    if str(golden[f"{case}/condition_mode"]) == "input->input":
-        condition = get("inputs").long().view(batch, n)
-    values, choice = get("gumbel_sample"), get("gumbel_mask")
-    top_k = int(get("sampling_topk"))
-    if top_k:  # stored for the logits in falling order: put every number where its logit is
-        order = get("logits").sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-        values = torch.zeros_like(get("logits")).scatter(-1, order, values)
-    network, unconditional = Tables(golden, case), Tables(golden, case)
+    replay = Replay(load_goldens(GOLDEN), case)
+    get, shape, steps = replay.get, replay.shape, replay.steps
+    assert get("latent_shape").tolist() == list(shape[1:])
+    for name in ("min_gap_sampling", "min_gap_masking"):  # no decision hangs on rounding
+        margin = float(get(name))
+        assert margin >= 6e-5 or np.isinf(margin)
+    unconditional = Tables(replay.golden, case)
+    unknown = ~replay.inside if replay.fixed else torch.ones_like(replay.inside)
     states = masked_decoding_steps(
-        network,
-        condition,
-        inside,
-        MaskedDecoding(
-            steps=steps,
-            schedule=tuple(get("num_unknown")[1:, 0].tolist()),  # float32 counts of the release
-            temperature=float(get("sampling_temperature")),
-            choice_temperature=float(get("mask_temperature")),
-            top_k=top_k,
-            top_p=float(get("sampling_topp")),
-            fixed_condition=fixed,
-        ),
-        noise=[(values[k].view(batch, n, 1, -1), choice[k].view(batch, n)) for k in range(steps)],
+        replay.network, replay.condition, replay.inside, replay.settings(), noise=replay.noise()
     )
     for state in states:
         k = state.step
-        assert torch.equal(network.seen[k].view(shape), get("tokens_in")[k].long()), k
-        assert torch.equal(state.tokens.view(shape), get("tokens_full")[k].long()), k
+        replay.check_step(k, unknown, state.tokens)
         if k < steps - 1:  # the last step leaves nothing unknown here, one (unused) there
             assert torch.equal(state.unknown.view(shape), get("unknown")[k + 1]), k
             unconditional(state.tokens, state.unknown)
             assert torch.equal(unconditional.seen[-1].view(shape), get("uncond_next")[k].long()), k
+        if k > 0:
+            assert torch.equal(replay.network.seen[k].view(shape), get("tokens_next")[k - 1].long())
+        unknown = state.unknown
     assert k == steps - 1
     assert not state.unknown.any()
     assert torch.equal(state.tokens.view(shape), get("final").long())
     total = int(get("num_unknown")[0, 0])
-    named = MaskedDecoding(steps=steps, schedule=str(golden[f"{case}/schedule"])).counts(total)
+    named = replay.settings(named=True).counts(total)
     official = get("num_unknown")[1:-1, 0].tolist()
     assert all(0 <= a - b <= 1 for a, b in zip(named[:-1], official, strict=True))
 
@@ -223,6 +287,20 @@ def test_more_steps_than_tokens_end_all_the_same() -> None:
     golden = load_goldens("magvit_v1/04_decode_degenerate")
     official = golden["tiny_cosine/num_unknown"][:, 0].tolist()
     assert official == [8, 7, 6, 5, 4, 3, 2, 1, 8, 3, 2, 1, 8]
+    # up to the step after which one is left both agree in everything
+    replay = Replay(golden, "tiny_cosine")
+    unknown = torch.ones_like(replay.inside)
+    for state in masked_decoding_steps(
+        replay.network, replay.condition, replay.inside, replay.settings(named=True),
+        noise=replay.noise(),
+    ):  # fmt: skip
+        if state.step == 7:
+            assert not state.unknown.any()  # here the last token becomes known, and that is all
+            break
+        replay.check_step(state.step, unknown, state.tokens)
+        after = replay.get("unknown")[state.step + 1].view_as(unknown)
+        assert torch.equal(state.unknown, after)
+        unknown = state.unknown
     condition, inside = torch.zeros(2, 8).long(), torch.zeros(8, dtype=torch.bool)
     states = list(
         masked_decoding_steps(random_network(), condition, inside, MaskedDecoding(steps=12))

@@ -71,6 +71,7 @@ def test_group_norm_and_activations_match_the_release() -> None:
         ("reflect", "reflect"),
         ("replicate", "edge"),
         ("replicate", "symmetric"),
+        ("circular", "wrap"),
     ],
 )
 def test_padding_modes_match_the_release(mode: str, name: str) -> None:

@@ -140,7 +140,15 @@ def test_tied_scores_select_fewer_than_in_the_release() -> None:
     targets = torch.from_numpy(golden["z"]).long().flatten(1)
     scores = torch.from_numpy(golden["tie_score"]).flatten(1)
     batch = commit_mask(targets, ratio=torch.tensor([0.5]), scores=scores)
-    official = torch.from_numpy(golden["ties/r0.5/masked_inputs"]).flatten(1) == -1
+    theirs = {
+        name: torch.from_numpy(golden[f"ties/r0.5/{name}"]).flatten(1)
+        for name in as_in_the_release(batch, "mask+refine")
+    }
+    official = theirs["masked_inputs"] == -1
+    assert torch.equal(theirs["uncond_masked_inputs"], theirs["masked_inputs"])
+    assert torch.equal(theirs["weights"].bool(), official)
+    assert torch.equal(theirs["targets"].long(), batch.targets)
+    assert not theirs["segment_ids"].any()
     assert official.sum(1).tolist() == [134, 134, 141]
     assert batch.mask.sum(1).tolist() == [128, 128, 128]
     assert not (batch.mask & ~official).any()

@@ -13,7 +13,6 @@ from tests.goldens import load_goldens
 from magvit_fast.training.losses import (
     LeCam,
     TokenizerLossWeights,
-    discriminator_adversarial_loss,
     discriminator_loss,
     entropy_weight,
     generator_adversarial_loss,
@@ -135,12 +134,22 @@ def test_first_reading_of_lecam_matches_the_official_code() -> None:
         assert lecam.ema_real.item() == pytest.approx(float(ema_real), abs=1e-6)
         assert lecam.ema_fake.item() == pytest.approx(float(ema_fake), abs=1e-6)
     real, fake = (torch.from_numpy(golden[f"{k}_logits"]) for k in ("real", "fake"))
-    official = float(golden["d_loss_non-saturating"])
-    assert discriminator_adversarial_loss(real, fake).item() == pytest.approx(official, rel=1e-6)
-    official = float(golden["g_loss_non-saturating"])
-    assert generator_adversarial_loss(fake).item() == pytest.approx(official, rel=1e-6)
-    pair = (torch.from_numpy(golden[f"l_{k}"]) for k in "ab")
-    assert reconstruction_loss(*pair).item() == pytest.approx(float(golden["l2"]), rel=1e-6)
+    for kind in ("non_saturating", "hinge"):
+        weights = TokenizerLossWeights(gan=kind, reconstruction=0.0)  # type: ignore[arg-type]
+        _, judged = discriminator_loss(real, fake, weights=weights)
+        official = float(golden[f"d_loss_{kind.replace('_', '-')}"])
+        assert judged["adversarial"].item() == pytest.approx(official, rel=1e-6)
+        ours = generator_adversarial_loss(fake, kind)  # type: ignore[arg-type]
+        official = float(golden[f"g_loss_{kind.replace('_', '-')}"])
+        assert ours.item() == pytest.approx(official, rel=1e-6)
+        _, made = generator_loss(real, real, logits_fake=fake, weights=weights)
+        assert made["adversarial"].item() == pytest.approx(0.1 * official, rel=1e-6)
+    pair = [torch.from_numpy(golden[f"l_{k}"]) for k in "ab"]
+    for distance in ("l1", "l2"):
+        weights = TokenizerLossWeights(distance=distance)  # type: ignore[arg-type]
+        _, made = generator_loss(*pair, weights=weights)
+        official = 5.0 * float(golden[distance])
+        assert made["reconstruction"].item() == pytest.approx(official, rel=1e-6)
 
 
 def test_lecam_state_survives_a_checkpoint() -> None:
@@ -183,6 +192,10 @@ def test_bad_input() -> None:
         LeCam(decay=2.0)
     with pytest.raises(ValueError, match="lecam: expected 0 or more"):
         TokenizerLossWeights(lecam=-1.0)
+    with pytest.raises(ValueError, match="gan: expected one of 'non_saturating', 'hinge'"):
+        TokenizerLossWeights(gan="wgan")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="distance: expected one of 'l2', 'l1'"):
+        TokenizerLossWeights(distance="l0")  # type: ignore[arg-type]
 
 
 def _one_rank(rank: int, path: str, out: str) -> None:

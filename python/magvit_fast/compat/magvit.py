@@ -75,7 +75,15 @@ SPECIAL_TOKENS = {
 }
 INPAINTING_PATCHED = -7
 
-_PAD_MODES = {None: "zeros", "constant": "zeros", "reflect": "reflect", "edge": "replicate"}
+# Modes of np.pad. One cell, all that a kernel of 3 needs, is the same for "symmetric" as for "edge".
+_PAD_MODES = {
+    None: "zeros",
+    "constant": "zeros",
+    "reflect": "reflect",
+    "edge": "replicate",
+    "symmetric": "replicate",
+    "wrap": "circular",
+}
 _FIELDS = {
     "filters": "filters",
     "codebook_size": "codebook_size",

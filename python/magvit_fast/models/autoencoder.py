@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from magvit_fast.nn.blocks import ResBlock3d
+from magvit_fast.nn.conv import SAME_PAD_MODES, SamePadMode
 from magvit_fast.nn.norm import MAX_GROUPS, group_count
 from magvit_fast.nn.quantize import LFQ, EntropyKind
 from magvit_fast.nn.resample import AveragePool, NearestUpsample, Upsample, strided_conv
@@ -23,7 +24,7 @@ from magvit_fast.nn.stream import StreamState
 from magvit_fast.nn.style import LayerStyle
 from magvit_fast.nn.vector_quantize import VectorQuantizer
 from magvit_fast.ops._checks import check_choice
-from magvit_fast.ops.causal_conv3d import PAD_MODES, PadMode
+from magvit_fast.ops.causal_conv3d import PAD_MODES
 
 QuantizerKind = Literal["lfq", "vq"]
 Resample = Literal["conv", "pool"]
@@ -40,7 +41,8 @@ class AutoencoderConfig:
             level but the last.
         num_res_blocks: residual blocks per level (and once more beside the latent).
         in_channels: channels of the video.
-        pad_mode: of all convolutions: "zeros", "replicate" or "reflect".
+        pad_mode: of all convolutions: "zeros", "replicate", "reflect" or, where they look both ways
+            in time, "circular".
         frame_by_frame: the 2D tokenizer of images: kernels 1 x k x k, norms per frame, no
             down-sampling in time. models.inflation starts a 3D tokenizer from it.
         norm_groups: groups of every group norm (each channel its own where there are fewer).
@@ -57,7 +59,7 @@ class AutoencoderConfig:
     num_res_blocks: int = 4
     _: KW_ONLY
     in_channels: int = 3
-    pad_mode: PadMode = "replicate"
+    pad_mode: SamePadMode = "replicate"
     frame_by_frame: bool = False
     norm_groups: int = MAX_GROUPS
     quantizer: QuantizerKind = "lfq"
@@ -88,7 +90,7 @@ class AutoencoderConfig:
                 "temporal_downsample: expected False everywhere with frame_by_frame, "
                 f"got {self.temporal_downsample}"
             )
-        check_choice("pad_mode", self.pad_mode, PAD_MODES)
+        check_choice("pad_mode", self.pad_mode, PAD_MODES if self.causal else SAME_PAD_MODES)
         check_choice("quantizer", self.quantizer, ("lfq", "vq"))
         for width in self.widths:
             group_count(width, self.norm_groups)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from magvit_fast.models.autoencoder import AutoencoderConfig, Decoder, Encoder, QuantizerKind
 from magvit_fast.models.video_tokenizer import VideoTokenizer
 from magvit_fast.nn.blocks import FrameAttention, ResBlock3d
+from magvit_fast.nn.conv import SamePadMode
 from magvit_fast.nn.resample import NearestUpsample, strided_conv
 from magvit_fast.nn.stream import StreamState
-from magvit_fast.ops.causal_conv3d import PadMode
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FrameTokenizerConfig(AutoencoderConfig):
     num_res_blocks: int = 2
     codebook_size: int = 1024
     _: KW_ONLY
-    pad_mode: PadMode = "zeros"
+    pad_mode: SamePadMode = "zeros"
     frame_by_frame: bool = True
     quantizer: QuantizerKind = "vq"
     entropy_weight: float = 0.0

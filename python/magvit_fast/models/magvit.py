@@ -15,8 +15,8 @@ from typing import Any
 
 from magvit_fast.models.autoencoder import AutoencoderConfig, QuantizerKind
 from magvit_fast.models.video_tokenizer import VideoTokenizer
+from magvit_fast.nn.conv import SamePadMode
 from magvit_fast.nn.style import LayerStyle
-from magvit_fast.ops.causal_conv3d import PadMode
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MagvitConfig(AutoencoderConfig):
     Attributes, but for those that all tokenizers have (AutoencoderConfig):
         filters: 64 for B, 128 for L.
         temporal_downsample: published: the shallow levels.
-        pad_mode: "zeros" (the released configs), "reflect" (the paper's text) or "replicate".
+        pad_mode: "zeros" (the released configs), "reflect" (the paper's text), "replicate" or "circular".
         codebook_size: size of the vocabulary; with quantizer "lfq" a power of two (2**18 in table
             5a of MAGVIT-v2: 38.6M parameters).
     """
@@ -37,7 +37,7 @@ class MagvitConfig(AutoencoderConfig):
     num_res_blocks: int = 2
     codebook_size: int = 1024
     _: KW_ONLY
-    pad_mode: PadMode = "zeros"
+    pad_mode: SamePadMode = "zeros"
     quantizer: QuantizerKind = "vq"
 
     def __post_init__(self) -> None:

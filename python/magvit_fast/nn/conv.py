@@ -6,12 +6,16 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magvit_fast import ops
 from magvit_fast.nn.stream import StreamState
 from magvit_fast.ops._checks import triple
-from magvit_fast.ops.causal_conv3d import PadMode
+from magvit_fast.ops.causal_conv3d import PAD_MODES, PadMode
+
+SamePadMode = Literal["zeros", "replicate", "reflect", "circular"]  # of two-sided convolutions
+SAME_PAD_MODES = (*PAD_MODES, "circular")
 
 
 class CausalConv3d(nn.Module):
@@ -112,15 +116,16 @@ class SameConv3d(nn.Module):
     """3D convolution padded on both sides, so that time is seen both ways (MAGVIT; discriminators).
 
     With pad_mode "zeros" the padding is TensorFlow's SAME rule, which depends on the length of the
-    axis where the stride is above one; with "replicate" and "reflect" it is (k - 1) // 2 before and
-    k // 2 after. Both give ceil(n / stride) outputs for odd kernels of stride 1 or even ones of
+    axis where the stride is above one; with the other modes it is (k - 1) // 2 before and k // 2
+    after. Both give ceil(n / stride) outputs for odd kernels of stride 1 or even ones of
     stride 2.
 
     Args:
         in_channels, out_channels: widths.
         kernel_size, stride: an int or three ints (t, h, w).
         bias: whether a bias is added; it starts at zero.
-        pad_mode: of time and space. "reflect" needs axes longer than the padding.
+        pad_mode: of time and space. "reflect" needs axes longer than the padding; "circular" goes on
+            at the other end.
         init: "xavier" (uniform; the discriminators) or "lecun" (normal of variance 1 / fan-in, cut
             at two deviations; flax's default, used by MAGVIT's tokenizer).
     """
@@ -133,7 +138,7 @@ class SameConv3d(nn.Module):
         stride: int | tuple[int, int, int] = 1,
         *,
         bias: bool = True,
-        pad_mode: PadMode = "zeros",
+        pad_mode: SamePadMode = "zeros",
         init: Literal["xavier", "lecun"] = "xavier",
     ) -> None:
         super().__init__()
@@ -141,7 +146,7 @@ class SameConv3d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = triple("kernel_size", kernel_size)
         self.stride = triple("stride", stride)
-        self.pad_mode: PadMode = pad_mode
+        self.pad_mode: SamePadMode = pad_mode
         self.init: Literal["xavier", "lecun"] = init
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
@@ -177,14 +182,18 @@ class SameConv3d(nn.Module):
                 padding += [total // 2, total - total // 2]
             else:
                 padding += [(k - 1) // 2, k // 2]
+        mode = self.pad_mode
+        if mode == "circular":  # no mode of the op: padded first
+            x = F.pad(x, (*padding[4:], *padding[2:4], *padding[:2]), mode="circular")
+            padding, mode = [0] * 6, "zeros"
         return ops.causal_conv3d(
             x,
             self.weight,
             self.bias,
             stride=self.stride,
             padding=padding,
-            time_mode=self.pad_mode,
-            space_mode=self.pad_mode,
+            time_mode=mode,
+            space_mode=mode,
         )
 
     def extra_repr(self) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
-from magvit_fast.nn.conv import CausalConv3d, SameConv3d
+from magvit_fast.nn.conv import CausalConv3d, SameConv3d, SamePadMode
 from magvit_fast.nn.norm import MAX_GROUPS, AdaptiveGroupNorm, GroupNormSiLU
 from magvit_fast.ops.causal_conv3d import PadMode
 
@@ -17,14 +17,14 @@ class LayerStyle:
     causal: a layer sees the present frame and the ones before it, and norms are per frame.
         Otherwise it looks both ways in time and the norms' statistics span the clip (MAGVIT).
     frame_by_frame: kernels 1 x k x k and norms per frame, causal or not: the 2D networks.
-    pad_mode: of time and space.
+    pad_mode: of time and space; "circular" for two-sided convolutions alone.
     norm_groups: groups of every norm (each channel its own where there are fewer).
     init: of the two-sided convolutions' weights, see SameConv3d.
     """
 
     causal: bool = True
     frame_by_frame: bool = False
-    pad_mode: PadMode = "replicate"
+    pad_mode: SamePadMode = "replicate"
     norm_groups: int = MAX_GROUPS
     init: Literal["xavier", "lecun"] = "xavier"
 
@@ -45,14 +45,15 @@ class LayerStyle:
         """A convolution of `kernel` taps along each axis that it sees."""
         size = (1 if self.frame_by_frame else kernel, kernel, kernel)
         if self.causal:
+            mode = cast(PadMode, self.pad_mode)
             return CausalConv3d(
                 in_channels,
                 out_channels,
                 size,
                 stride,
                 bias=bias,
-                time_mode=self.pad_mode,
-                space_mode=self.pad_mode,
+                time_mode=mode,
+                space_mode=mode,
             )
         return SameConv3d(
             in_channels,

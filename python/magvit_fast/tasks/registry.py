@@ -126,12 +126,14 @@ class FrameTask(Task):
     """Whole frames are given: `first` leading ones and `last` trailing ones.
 
     first None means the published choice: 5 for a causal tokenizer (exactly slots 0 and 1), else 1.
-    A slot is a condition slot when it holds a given frame. With dataclasses.replace(task, first=k)
-    any number goes.
+    A slot is a condition slot when it holds a given frame, the paper's rule; slots sets the number
+    of leading ones by hand (the released code's setting, whose default is 1: with 5 of 16 given
+    frames the paper's rule gives 2). With dataclasses.replace(task, first=k) any number goes.
     """
 
     first: int | None = None
     last: int = 0
+    slots: int | None = None
 
     @property
     def has_condition(self) -> bool:
@@ -167,7 +169,14 @@ class FrameTask(Task):
 
     def token_mask(self, geometry: ClipGeometry) -> Tensor:
         mask = torch.zeros(geometry.grid, dtype=torch.bool)
-        mask[: geometry.slots_of_first(self.num_first(geometry))] = True
+        slots = self.slots
+        if slots is None:
+            slots = geometry.slots_of_first(self.num_first(geometry))
+        elif not 1 <= slots <= geometry.grid[0]:
+            raise ValueError(
+                f"task {self.name}: expected 1 to {geometry.grid[0]} condition slots, got {slots}"
+            )
+        mask[:slots] = True
         if self.last:
             mask[-geometry.slots_of_last(self.last) :] = True
         return mask

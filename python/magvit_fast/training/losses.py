@@ -8,20 +8,26 @@ global loss under DDP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from magvit_fast.ops._checks import check_choice
 from magvit_fast.ops._sync import mean_over_processes
+
+Distance = Literal["l2", "l1"]
+AdversarialKind = Literal["non_saturating", "hinge"]
 
 
 @dataclass(frozen=True)
 class TokenizerLossWeights:
-    """Weights of the published MAGVIT-v2 recipe.
+    """Weights of the published MAGVIT-v2 recipe, and the forms of two losses.
 
-    The quantizer's total (commitment 0.25, entropy 0.1) carries its weights already.
+    The quantizer's total (commitment 0.25, entropy 0.1) carries its weights already. distance: of
+    the reconstruction; gan: of both adversarial losses. All published recipes keep the defaults;
+    the released MAGVIT code has the other two as options.
     """
 
     reconstruction: float = 5.0
@@ -30,33 +36,49 @@ class TokenizerLossWeights:
     r1: float = 10.0
     lecam: float = 0.001
     lecam_decay: float = 0.999
+    distance: Distance = "l2"
+    gan: AdversarialKind = "non_saturating"
 
     def __post_init__(self) -> None:
+        check_choice("distance", self.distance, get_args(Distance))
+        check_choice("gan", self.gan, get_args(AdversarialKind))
         for name, value in vars(self).items():
-            if value < 0:
+            if isinstance(value, float | int) and value < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {value}")
         if self.lecam_decay > 1:
             raise ValueError(f"lecam_decay: expected a value in [0, 1], got {self.lecam_decay}")
 
 
-def reconstruction_loss(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Mean squared error over all elements of two videos [B, C, T, H, W] in [0, 1], in float32."""
+def reconstruction_loss(reconstruction: Tensor, video: Tensor, distance: Distance = "l2") -> Tensor:
+    """Mean squared ("l1": absolute) error over all elements of two videos [B, C, T, H, W] in [0, 1],
+    in float32."""
     if reconstruction.shape != video.shape:
         raise ValueError(
             f"reconstruction: expected {tuple(video.shape)} (the video's), "
             f"got {tuple(reconstruction.shape)}"
         )
-    return F.mse_loss(_at_least_float32(reconstruction), _at_least_float32(video))
+    ours, theirs = _at_least_float32(reconstruction), _at_least_float32(video)
+    return F.mse_loss(ours, theirs) if distance == "l2" else F.l1_loss(ours, theirs)
 
 
-def generator_adversarial_loss(logits_fake: Tensor) -> Tensor:
-    """Non-saturating generator loss: mean of softplus(-D(fake))."""
-    return F.softplus(-_at_least_float32(logits_fake)).mean()
+def generator_adversarial_loss(
+    logits_fake: Tensor, kind: AdversarialKind = "non_saturating"
+) -> Tensor:
+    """Mean of softplus(-D(fake)); "hinge": of -D(fake)."""
+    fake = _at_least_float32(logits_fake)
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def discriminator_adversarial_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Binary cross-entropy: mean softplus(-D(real)) + mean softplus(D(fake))."""
+def discriminator_adversarial_loss(
+    logits_real: Tensor, logits_fake: Tensor, kind: AdversarialKind = "non_saturating"
+) -> Tensor:
+    """Binary cross-entropy: mean softplus(-D(real)) + mean softplus(D(fake)).
+
+    "hinge": mean relu(1 - D(real)) + mean relu(1 + D(fake)).
+    """
     real, fake = _at_least_float32(logits_real), _at_least_float32(logits_fake)
+    if kind == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -150,13 +172,15 @@ def generator_loss(
     for the adversarial term.
     """
     weights = weights or TokenizerLossWeights()
-    parts = {"reconstruction": weights.reconstruction * reconstruction_loss(reconstruction, video)}
+    distance = reconstruction_loss(reconstruction, video, weights.distance)
+    parts = {"reconstruction": weights.reconstruction * distance}
     if quantizer is not None:
         parts["quantizer"] = quantizer
     if perceptual is not None:
         parts["perceptual"] = weights.perceptual * perceptual
     if logits_fake is not None:
-        parts["adversarial"] = weights.adversarial * generator_adversarial_loss(logits_fake)
+        adversarial = generator_adversarial_loss(logits_fake, weights.gan)
+        parts["adversarial"] = weights.adversarial * adversarial
     return torch.stack(list(parts.values())).sum(), parts
 
 
@@ -174,7 +198,7 @@ def discriminator_loss(
     lecam: the module whose averages move with this call; None leaves it out.
     """
     weights = weights or TokenizerLossWeights()
-    parts = {"adversarial": discriminator_adversarial_loss(logits_real, logits_fake)}
+    parts = {"adversarial": discriminator_adversarial_loss(logits_real, logits_fake, weights.gan)}
     if real_video is not None and weights.r1 > 0:
         parts["r1"] = weights.r1 * r1_penalty(logits_real, real_video)
     if lecam is not None:
