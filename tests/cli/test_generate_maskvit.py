@@ -15,8 +15,8 @@ import torch
 import magvit_fast as mf
 from magvit_fast.data.video import probe, read_video, write_video
 from magvit_fast.models import (
-    MagvitConfig,
-    MagvitTokenizer,
+    FrameTokenizer,
+    FrameTokenizerConfig,
     MaskViTConfig,
     MaskViTTransformer,
     load_transformer,
@@ -31,11 +31,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """16 x 16 pixels -> 4 x 4 tokens of 4 bits a frame; 6 frames, actions of 2 numbers."""
     folder = tmp_path_factory.mktemp("maskvit")
     torch.manual_seed(0)
-    MagvitTokenizer(
-        MagvitConfig(
-            filters=4, channel_multipliers=(1, 1, 2), temporal_downsample=(False, False),
-            num_res_blocks=1, norm_groups=2, codebook_size=16, embedding_dim=4,
-            frame_by_frame=True,
+    FrameTokenizer(
+        FrameTokenizerConfig(
+            filters=4, channel_multipliers=(1, 1, 2), num_res_blocks=1, norm_groups=2,
+            codebook_size=16, embedding_dim=4,
         )
     ).save_pretrained(folder / "tokenizer")  # fmt: skip
     MaskViTTransformer(
@@ -67,7 +66,7 @@ def test_given_frames_goal_and_actions(
     assert facts["shape"] == [1, 3, 6, 16, 16]
     assert facts["given_frames"] == 2
     expected = mf.generate(
-        MagvitTokenizer.from_pretrained(pair[1]),
+        FrameTokenizer.from_pretrained(pair[1]),
         load_transformer(pair[3]),
         task=dataclasses.replace(TASKS["frame_prediction"], first=2),
         video=read_video(clip, frames=2, size=16, start=3).unsqueeze(0),
@@ -107,7 +106,7 @@ def test_bad_input(
     )
     joined = fails(*basic, "--tokenizer", models.tokenizer, "--transformer", pair[3])
     assert "its 16 codes are 4 bits, but the tokenizer's ids have 6 bits" in joined
-    assert "holds a MagvitTokenizer, expected a MaskedTransformer or" in fails(
+    assert "holds a FrameTokenizer, expected a MaskedTransformer or" in fails(
         *basic, "--tokenizer", pair[1], "--transformer", pair[1]
     )
     assert not (tmp_path / "x.mp4").exists()

@@ -11,6 +11,8 @@ import torch
 import magvit_fast as mf
 from magvit_fast.decoding import MaskViTDecoding, clip_geometry, decode_frames
 from magvit_fast.models import (
+    FrameTokenizer,
+    FrameTokenizerConfig,
     MagvitConfig,
     MagvitTokenizer,
     MaskedTransformer,
@@ -23,14 +25,14 @@ from magvit_fast.tasks import TASKS
 PREDICT = TASKS["frame_prediction"]
 
 
-def make_tokenizer(**changes: Any) -> MagvitTokenizer:
+def make_tokenizer(**changes: Any) -> FrameTokenizer:
     """8 x 8 pixels -> 2 x 2 tokens of 4 bits, frame by frame."""
     torch.manual_seed(0)
-    config = MagvitConfig(
-        filters=4, channel_multipliers=(1, 1, 2), temporal_downsample=(False, False),
-        num_res_blocks=1, norm_groups=2, codebook_size=16, embedding_dim=4, frame_by_frame=True,
+    config = FrameTokenizerConfig(
+        filters=4, channel_multipliers=(1, 1, 2), num_res_blocks=1, norm_groups=2,
+        codebook_size=16, embedding_dim=4,
     )  # fmt: skip
-    return MagvitTokenizer(dataclasses.replace(config, **changes))
+    return FrameTokenizer(dataclasses.replace(config, **changes))
 
 
 def make_transformer(**changes: Any) -> MaskViTTransformer:
@@ -43,7 +45,7 @@ def make_transformer(**changes: Any) -> MaskViTTransformer:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> MagvitTokenizer:
+def tokenizer() -> FrameTokenizer:
     return make_tokenizer()
 
 
@@ -56,15 +58,12 @@ def clip(frames: int = 6, batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, 3, frames, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
-Pair = tuple[MagvitTokenizer, MaskViTTransformer]
-
-
-def test_geometry(tokenizer: MagvitTokenizer, transformer: MaskViTTransformer) -> None:
+def test_geometry(tokenizer: FrameTokenizer, transformer: MaskViTTransformer) -> None:
     geometry = clip_geometry(tokenizer, transformer)
     assert (geometry.size, geometry.grid, geometry.causal) == ((6, 8, 8), (6, 2, 2), False)
 
 
-def test_frame_prediction(tokenizer: MagvitTokenizer, transformer: MaskViTTransformer) -> None:
+def test_frame_prediction(tokenizer: FrameTokenizer, transformer: MaskViTTransformer) -> None:
     video = clip()
 
     def run(**more: Any) -> torch.Tensor:
@@ -89,7 +88,7 @@ def test_frame_prediction(tokenizer: MagvitTokenizer, transformer: MaskViTTransf
 
 
 def test_equals_decoding_of_its_tokens(
-    tokenizer: MagvitTokenizer, transformer: MaskViTTransformer
+    tokenizer: FrameTokenizer, transformer: MaskViTTransformer
 ) -> None:
     video = clip()
     out = mf.generate(tokenizer, transformer, task="frame_prediction", video=video, steps=3, seed=5)
@@ -102,7 +101,7 @@ def test_equals_decoding_of_its_tokens(
         assert torch.equal(out, tokenizer.decode(ids))
 
 
-def test_goals(tokenizer: MagvitTokenizer, transformer: MaskViTTransformer) -> None:
+def test_goals(tokenizer: FrameTokenizer, transformer: MaskViTTransformer) -> None:
     video = clip()
     run = lambda task="frame_prediction", **more: mf.generate(  # noqa: E731
         tokenizer, transformer, task=task, video=video, steps=3, **more
@@ -143,9 +142,7 @@ def test_actions_steer_the_frames() -> None:
     assert torch.equal(seen[-1], longer[:, 5:9])
 
 
-def test_long_videos_by_sliding(
-    tokenizer: MagvitTokenizer, transformer: MaskViTTransformer
-) -> None:
+def test_long_videos_by_sliding(tokenizer: FrameTokenizer, transformer: MaskViTTransformer) -> None:
     two = dataclasses.replace(PREDICT, first=2)
     run = lambda frames: mf.generate(  # noqa: E731
         tokenizer, transformer, task=two, video=clip(2), steps=2, frames=frames
@@ -170,7 +167,7 @@ def test_modes_are_left_alone() -> None:
     assert not transformer.layers[0].training
 
 
-def test_injected_noise(tokenizer: MagvitTokenizer, transformer: MaskViTTransformer) -> None:
+def test_injected_noise(tokenizer: FrameTokenizer, transformer: MaskViTTransformer) -> None:
     noise = [(torch.randn(2, 24, 1, 16), torch.randn(2, 24)) for _ in range(2)]
     run = lambda **more: mf.generate(  # noqa: E731
         tokenizer, transformer, task=PREDICT, video=clip(), steps=2, noise=noise, **more
@@ -204,7 +201,7 @@ def test_injected_noise(tokenizer: MagvitTokenizer, transformer: MaskViTTransfor
 def test_bad_input_names_both_sides(
     change: dict[str, Any],
     message: str,
-    tokenizer: MagvitTokenizer,
+    tokenizer: FrameTokenizer,
     transformer: MaskViTTransformer,
 ) -> None:
     arguments = {"task": "frame_prediction", "video": clip(), "steps": 2, **change}
@@ -212,9 +209,7 @@ def test_bad_input_names_both_sides(
         mf.generate(tokenizer, transformer, **arguments)
 
 
-def test_models_that_do_not_fit(
-    tokenizer: MagvitTokenizer, transformer: MaskViTTransformer
-) -> None:
+def test_models_that_do_not_fit(tokenizer: FrameTokenizer, transformer: MaskViTTransformer) -> None:
     run = lambda *pair, **more: mf.generate(  # noqa: E731
         *pair, task="frame_prediction", video=clip(), **more
     )
@@ -222,7 +217,12 @@ def test_models_that_do_not_fit(
         run(tokenizer, make_transformer(codebook_size=64))
     with pytest.raises(ValueError, match="expected 16x8 pixels"):
         run(tokenizer, make_transformer(grid=(4, 2)))
-    joined = make_tokenizer(frame_by_frame=False, temporal_downsample=(True, False))
+    joined = MagvitTokenizer(
+        MagvitConfig(
+            filters=4, channel_multipliers=(1, 1, 2), temporal_downsample=(True, False),
+            num_res_blocks=1, norm_groups=2, codebook_size=16, embedding_dim=4,
+        )
+    )  # fmt: skip
     with pytest.raises(ValueError, match=r"every frame by itself .* with 2 frames a slot"):
         run(joined, transformer)
     masked = MaskedTransformer(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +19,12 @@ from tests.planning.block_world import (
     render,
 )
 
+from magvit_fast.models import (
+    FrameTokenizer,
+    FrameTokenizerConfig,
+    MaskViTConfig,
+    MaskViTTransformer,
+)
 from magvit_fast.planning import (
     Controller,
     CrossEntropyMethod,
@@ -29,6 +36,7 @@ from magvit_fast.planning import (
     run_episode,
     to_frame,
 )
+from magvit_fast.planning.costs import TokenDistance
 
 PLANNER = CrossEntropyMethod(
     horizon=6, action_dim=2, population=150, elites=10, iterations=4, initial_std=0.1, low=-STEP,
@@ -234,6 +242,38 @@ def test_an_episode_in_tokens() -> None:
     )
     run_episode(world, controller, steps=6, act=lambda action: action)
     assert (world.place - torch.tensor([5.0, 2.0])).abs().max() < 1.0
+
+
+def test_the_real_pair_plans() -> None:
+    """FrameTokenizer and MaskViTTransformer, untrained: the parts fit."""
+    torch.manual_seed(0)
+    tokenizer = FrameTokenizer(
+        FrameTokenizerConfig(
+            filters=4, channel_multipliers=(1, 1, 2), num_res_blocks=1, norm_groups=2,
+            codebook_size=16, embedding_dim=4,
+        )
+    )  # fmt: skip
+    transformer = MaskViTTransformer(
+        MaskViTConfig(
+            frames=6, grid=(8, 8), window=(4, 4), codebook_size=16, action_dim=2, hidden_size=16,
+            num_blocks=1, num_heads=2, mlp_size=32, init_std=0.5,
+        )
+    )  # fmt: skip
+    model = MaskViTModel(tokenizer, transformer, context=2)
+    actions = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(0))
+    frames = model.predict(cell_history(2, 2), actions)
+    assert frames.shape == (6, 3, 3, 32, 32)
+    assert 0 <= frames.min() <= frames.max() <= 1
+    assert len(model.predict_ids(cell_history(2, 2), actions).flatten(1).unique(dim=0)) > 1
+    assert model.embed(model.encode(cell_frame(2, 2))).shape == (8, 8, 4)
+    small = CrossEntropyMethod(3, 2, population=6, elites=2, iterations=2)
+    goal = cell_frame(5, 5)
+    for objective in (PixelCost(goal), *(TokenCost(goal, d) for d in get_args(TokenDistance))):
+        plan = small.plan(cost_of(objective, model, cell_history(2, 2), max_batch=4))
+        assert 0 < plan.cost < math.inf
+        assert plan.actions.shape == (3, 2)
+    assert transformer.training  # modes are left as they were
+    assert tokenizer.training
 
 
 # --- bad input ------------------------------------------------------------------------------------
