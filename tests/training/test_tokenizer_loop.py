@@ -15,6 +15,7 @@ from torch import nn
 
 from magvit_fast.errors import FileFormatError, FileWriteError, MagvitFastError
 from magvit_fast.models.magvit_v2 import MagvitV2Tokenizer
+from magvit_fast.training.config import TokenizerTraining, load_recipe
 from magvit_fast.training.losses import (
     TokenizerLossWeights,
     discriminator_adversarial_loss,
@@ -163,6 +164,56 @@ def test_it_learns(tmp_path):
     history = train_tokenizer(recipe, progress=False).history
     assert history[-1]["psnr"] > history[0]["psnr"] + 2.0
     assert "discriminator_adversarial" not in history[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "frames", "pooling"),
+    [
+        ('quantizer = "vq"\nembedding_dim = 4', 5, "blur"),
+        (
+            'quantizer = "vq"\ncausal = false\nresample = "pool"\nadaptive_norm = false',
+            4,
+            "average",
+        ),
+        ("causal = false", 4, "blur"),
+        ('resample = "pool"\ntemporal_downsample = [true, false]', 5, "average"),
+    ],
+)
+def test_the_variants_of_the_ablations_train_from_a_recipe(tmp_path, model, frames, pooling):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'''[run]
+output = "{tmp_path / "run"}"
+steps = 2
+batch_size = 2
+workers = 0
+log_every = 1
+tensorboard = false
+[data]
+source = "scenes"
+scenes = 4
+frames = {frames}
+size = 16
+[model]
+filters = 8
+channel_multipliers = [1, 2, 2]
+{model if "temporal" in model else model + chr(10) + "temporal_downsample = [false, true]"}
+num_res_blocks = 1
+num_bits = 6
+[discriminator]
+filters = 4
+channel_multipliers = [2, 2, 2]
+pooling = "{pooling}"
+'''
+    )
+    config = load_recipe(recipe, TokenizerTraining)
+    result = train_tokenizer(config, progress=False)
+    assert len(result.history) == 2
+    stored = MagvitV2Tokenizer.from_pretrained(result.output)
+    assert stored.config == config.model
+    ids = stored.encode(video(1, frames))
+    assert ids.shape == (1, *config.model.latent_shape(frames, 16, 16))
+    assert stored.decode(ids).shape == (1, 3, frames, 16, 16)
 
 
 def test_missing_perceptual_network_is_said_once(tmp_path, caplog):
