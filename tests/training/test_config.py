@@ -10,10 +10,12 @@ import torch
 from tests.goldens import load_goldens
 
 from magvit_fast.errors import FileFormatError
+from magvit_fast.models.ablations import ablation_steps
 from magvit_fast.models.discriminator import Discriminator3D
 from magvit_fast.models.magvit import MagvitConfig
 from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformer
+from magvit_fast.models.tokenizers import new_tokenizer
 from magvit_fast.training.config import TokenizerTraining, TransformerTraining, load_recipe
 from magvit_fast.training.maskvit_config import load_transformer_recipe
 
@@ -76,6 +78,23 @@ def test_class_conditional_recipes_of_magvit_v2(name, grid, classes, batch, para
     with torch.device("meta"):
         model = MaskedTransformer(recipe.model)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("step", ablation_steps("5c"), ids=lambda step: step.name)
+def test_the_ablation_recipe_takes_every_row_of_its_table(step):
+    recipe = load_recipe(RECIPES / "magvit-v2-small-ucf101-tokenizer.toml", TokenizerTraining)
+    row = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, **step.tokenizer),
+        discriminator=dataclasses.replace(recipe.discriminator, **step.discriminator),
+    )
+    clip = (row.data.frames, row.data.size, row.data.size)
+    assert row.model.latent_shape(*clip) == (5, 16, 16)
+    with torch.device("meta"):
+        ids = new_tokenizer(row.model)(torch.empty(1, 3, *clip)).ids
+        judge = Discriminator3D(dataclasses.replace(row.discriminator, clip=clip))
+        assert judge(torch.empty(1, 3, *clip)).shape == (1, 1)
+    assert ids.shape == (1, 5, 16, 16)
 
 
 @pytest.mark.parametrize("size", [128, 256, 512])

@@ -9,17 +9,31 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.tiny import MODEL, SCENES, tokenizer_recipe, write_scene
+from tests.training.tiny import (
+    MODEL,
+    SCENES,
+    tokenizer_recipe,
+    transformer_recipe,
+    write_scene,
+)
 
+import magvit_fast as mf
 from magvit_fast.data.order import BatchOrder, Draw
 from magvit_fast.data.video import write_image
 from magvit_fast.errors import FileFormatError
-from magvit_fast.models import DiscriminatorConfig, MagvitTokenizer, MagvitV2Tokenizer
+from magvit_fast.models import (
+    DiscriminatorConfig,
+    MagvitTokenizer,
+    MagvitV2Tokenizer,
+    MaskedTransformer,
+    MaskedTransformerConfig,
+)
 from magvit_fast.models.magvit import MagvitConfig
-from magvit_fast.training.config import DataConfig
+from magvit_fast.training.config import DataConfig, TaskConfig
 from magvit_fast.training.run import new_accelerator
 from magvit_fast.training.sources import open_clips
 from magvit_fast.training.tokenizer_loop import TokenizerTrainer, train_tokenizer
+from magvit_fast.training.transformer_loop import train_transformer
 
 FLAT = dataclasses.replace(MODEL, frame_by_frame=True, temporal_downsample=(False, False))
 JUDGE = DiscriminatorConfig((1, 16, 16), filters=4, channel_multipliers=(2, 2), frame_by_frame=True)
@@ -52,6 +66,34 @@ def test_an_image_folder_trains_an_image_tokenizer(tmp_path, images):
     assert result.history[0]["discriminator_r1"] >= 0
     stored = MagvitV2Tokenizer.from_pretrained(result.output)
     assert stored.encode(sample["video"][None]).shape == (1, 1, 4, 4)
+
+
+def test_classes_of_images_end_to_end(tmp_path, images):
+    """Image folder -> tokenizer -> token shards with labels -> two-head transformer -> an image."""
+    data = DataConfig(path=str(images), frames=1, size=16, labels=True)
+    recipe = tokenizer_recipe(tmp_path / "a", data=data, model=FLAT, discriminator=JUDGE, steps=1)
+    folder = train_tokenizer(recipe, progress=False).output
+    model = MaskedTransformerConfig(
+        hidden_size=16, num_layers=1, num_heads=2, mlp_size=32, grid=(1, 4, 4), subtoken_size=8,
+        num_classes=2,
+    )  # fmt: skip
+    task = TaskConfig("class_generation", class_drop=0.5)
+    second = transformer_recipe(
+        tmp_path / "b", folder, data=data, model=model, task=task, steps=2, batch_size=4
+    )
+    result = train_transformer(second, progress=False)
+    for values in result.history:
+        heads = values["loss_subtoken_0"] + values["loss_subtoken_1"]
+        assert heads == pytest.approx(values["loss"], rel=1e-5)
+    image = mf.generate(
+        MagvitV2Tokenizer.from_pretrained(folder),
+        MaskedTransformer.from_pretrained(result.output),
+        task="class_generation",
+        class_id=[0, 1],
+        **mf.decoding.published("magvit-v2-image-256-guided", steps=4),
+    )
+    assert image.shape == (2, 3, 1, 16, 16)
+    assert image.isfinite().all()
 
 
 def test_images_of_one_folder_and_clips_of_another_in_one_training(tmp_path, images):

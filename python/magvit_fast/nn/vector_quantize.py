@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magvit_fast import ops
-from magvit_fast.ops._checks import values_can_be_read
+from magvit_fast.ops._checks import values_can_be_read, without_autocast
 
 EntropyKind = Literal["softmax", "argmax"]
 
@@ -120,7 +120,7 @@ class VectorQuantizer(nn.Module):
         return VQOutput(quantized, ids, losses)
 
     def _losses(self, z: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             wide = torch.promote_types(torch.promote_types(z.dtype, rows.dtype), torch.float32)
             z, rows = z.to(wide), rows.to(wide)
             commitment = self.commitment_weight * F.mse_loss(z, rows.detach())
