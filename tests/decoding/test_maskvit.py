@@ -355,3 +355,22 @@ def test_bad_settings() -> None:
             Tables(), torch.zeros(1, 4, 3, 2).long(), torch.arange(4) < 1, MaskViTDecoding(),
             actions=torch.zeros(1, 4, 2),
         )  # fmt: skip
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("confidence", ["probability", "log_probability"])
+def test_cuda_decodes_the_tokens_of_the_cpu(confidence: Any) -> None:
+    logits = 2 * torch.randn(2, 4, 16, 16, 64, generator=torch.Generator().manual_seed(0))
+
+    def network(ids: torch.Tensor, unknown: torch.Tensor, **_: Any) -> torch.Tensor:
+        shown = torch.where(unknown, 0, ids)
+        return logits.to(ids.device) + shown.unsqueeze(-1) / 64
+
+    network.config = Shape(grid=(16, 16), codebook_size=64)  # type: ignore[attr-defined]
+    config = MaskViTDecoding(steps=6, confidence=confidence, seed=2)
+    ids, known = torch.zeros(2, 4, 16, 16, dtype=torch.int64), torch.arange(4) < 1
+    here, there = (
+        decode_frames(network, ids.to(device), known, config)  # type: ignore[arg-type]
+        for device in ("cpu", "cuda")
+    )
+    assert (here == there.cpu()).float().mean() > 0.99  # but for near ties

@@ -244,8 +244,8 @@ def test_an_episode_in_tokens() -> None:
     assert (world.place - torch.tensor([5.0, 2.0])).abs().max() < 1.0
 
 
-def test_the_real_pair_plans() -> None:
-    """FrameTokenizer and MaskViTTransformer, untrained: the parts fit."""
+def real_pair() -> tuple[FrameTokenizer, MaskViTTransformer]:
+    """Untrained: 32 x 32 pixels -> 8 x 8 tokens of 4 bits, 6 frames, actions of 2 numbers."""
     torch.manual_seed(0)
     tokenizer = FrameTokenizer(
         FrameTokenizerConfig(
@@ -259,6 +259,11 @@ def test_the_real_pair_plans() -> None:
             num_blocks=1, num_heads=2, mlp_size=32, init_std=0.5,
         )
     )  # fmt: skip
+    return tokenizer, transformer
+
+
+def test_the_real_pair_plans() -> None:
+    tokenizer, transformer = real_pair()
     model = MaskViTModel(tokenizer, transformer, context=2)
     actions = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(0))
     frames = model.predict(cell_history(2, 2), actions)
@@ -274,6 +279,24 @@ def test_the_real_pair_plans() -> None:
         assert plan.actions.shape == (3, 2)
     assert transformer.training  # modes are left as they were
     assert tokenizer.training
+
+
+@pytest.mark.cuda
+def test_the_real_pair_plans_on_a_gpu() -> None:
+    """Observations stay on the CPU; a near tie of two tokens may fall differently there."""
+    tokenizer, transformer = real_pair()
+    actions = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(0))
+    ids = []
+    for device in ("cpu", "cuda"):
+        model = MaskViTModel(tokenizer.to(device), transformer.to(device), context=2)
+        ids.append(model.predict_ids(cell_history(2, 2), actions))
+        assert ids[-1].device.type == device
+    assert (ids[0] == ids[1].cpu()).float().mean() > 0.9
+    small = CrossEntropyMethod(3, 2, population=6, elites=2, iterations=2)
+    for objective in (PixelCost(cell_frame(5, 5)), TokenCost(cell_frame(5, 5), "likelihood")):
+        plan = small.plan(cost_of(objective, model, cell_history(2, 2)))
+        assert plan.actions.device.type == "cpu"
+        assert 0 < plan.cost < math.inf
 
 
 # --- bad input ------------------------------------------------------------------------------------

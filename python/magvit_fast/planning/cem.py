@@ -88,28 +88,26 @@ class CrossEntropyMethod:
             raise ValueError(f"{name}: expected finite numbers, got {value}")
         return row
 
-    def start(self, device: torch.device | str = "cpu") -> Tensor:
-        """The first mean: float32 [H, A]."""
-        mean = self._per_action("initial_mean").expand(self.horizon, -1)
-        return self._bounded(mean.to(device))
+    def start(self) -> Tensor:
+        """The first mean: float32 [H, A], on the CPU as all of the search."""
+        return self._bounded(self._per_action("initial_mean").expand(self.horizon, -1))
 
     def shifted(self, mean: Tensor, steps: int = 1) -> Tensor:
         """A warm start after `steps` actions were carried out: the rest, then initial_mean."""
         check_int("steps", steps, least=0)
-        return torch.cat([mean[steps:], self.start(mean.device)[: min(steps, self.horizon)]])
+        return torch.cat([mean[steps:], self.start()[: min(steps, self.horizon)]])
 
     def draw(self, mean: Tensor, generator: torch.Generator) -> Tensor:
         """The candidates [P, H, A] of a first iteration around `mean` [H, A]."""
         shape = (self.population, self.horizon, self.action_dim)
-        spread = self._per_action("initial_std").to(mean.device)
+        spread = self._per_action("initial_std")
         return self._candidates(mean, spread, torch.randn(shape, generator=generator))
 
     def _candidates(self, mean: Tensor, std: Tensor, white: Tensor) -> Tensor:
-        return self._bounded(mean + std * self._smooth(white).to(mean))
+        return self._bounded(mean + std * self._smooth(white))
 
     def _bounded(self, actions: Tensor) -> Tensor:
-        low, high = (self._per_action(name).to(actions.device) for name in ("low", "high"))
-        return actions.clamp(low, high)
+        return actions.clamp(self._per_action("low"), self._per_action("high"))
 
     @torch.no_grad()
     def plan(
@@ -119,25 +117,23 @@ class CrossEntropyMethod:
         mean: Tensor | None = None,
         generator: torch.Generator | None = None,
         noise: Sequence[Tensor] | Tensor | None = None,
-        device: torch.device | str = "cpu",
     ) -> Plan:
         """Search for the sequence of least cost.
 
         Args:
-            cost: float32 [P, H, A] -> [P]. Infinite where a sequence is not allowed: such ones are
-                never elites, and while all are, the distribution stays as it is.
+            cost: float32 [P, H, A] on the CPU -> [P], on any device. Infinite where a sequence is
+                not allowed: such ones are never elites, and while all are, the distribution stays
+                as it is.
             mean: [H, A] to start from, as `shifted` makes it; None = initial_mean.
-            generator: of the draws, on the CPU (so that every device searches alike); None = one
-                with `seed`.
+            generator: of the draws, a CPU one; None = one with `seed`.
             noise: [iterations, P, H, A] standard normal numbers in place of the draws.
-            device: where sequences are scored.
 
         Raises:
             ValueError, TypeError: shapes that do not fit; costs that are not [P] or hold NaN.
         """
         shape = (self.population, self.horizon, self.action_dim)
-        center = self._checked_mean(mean, device)
-        spread = self._per_action("initial_std").to(device).expand_as(center)
+        center = self._checked_mean(mean)
+        spread = self._per_action("initial_std").expand_as(center)
         if noise is not None and len(noise) != self.iterations:
             raise ValueError(f"noise: expected {self.iterations} arrays, got {len(noise)}")
         if generator is None:
@@ -172,15 +168,15 @@ class CrossEntropyMethod:
             rows.append(b * rows[-1] + math.sqrt(1 - b * b) * white[:, t])
         return torch.stack(rows, dim=1)
 
-    def _checked_mean(self, mean: Tensor | None, device: torch.device | str) -> Tensor:
+    def _checked_mean(self, mean: Tensor | None) -> Tensor:
         if mean is None:
-            return self.start(device)
+            return self.start()
         shape = (self.horizon, self.action_dim)
         if tuple(mean.shape) != shape:
             raise ValueError(
                 f"mean: expected {shape} (horizon, action_dim), got {tuple(mean.shape)}"
             )
-        return self._bounded(mean.to(device, torch.float32))
+        return self._bounded(mean.to("cpu", torch.float32))
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,7 @@ def _checked_costs(costs: Tensor, population: int) -> Tensor:
         raise TypeError(f"cost: expected it to return a Tensor, got {type(costs).__name__}")
     if tuple(costs.shape) != (population,):
         raise ValueError(f"cost: expected [{population}] from it, got {tuple(costs.shape)}")
-    costs = costs.float()
+    costs = costs.detach().to("cpu", torch.float32)
     if costs.isnan().any() or (costs == -math.inf).any():
         raise ValueError("cost: expected numbers (infinity = not allowed), got NaN or -infinity")
     return costs

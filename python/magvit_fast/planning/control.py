@@ -56,7 +56,6 @@ class Controller:
         execute: actions carried out before it plans again.
         max_batch: candidates predicted at a time.
         warm_start: begin a search at the rest of the last plan (else at the planner's initial mean).
-        device: where candidates are scored.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class Controller:
         execute: int = 1,
         max_batch: int = 64,
         warm_start: bool = True,
-        device: torch.device | str = "cpu",
     ) -> None:
         check_int("execute", execute, least=1)
         if execute > planner.horizon:
@@ -78,7 +76,6 @@ class Controller:
             )
         self.model, self.objective, self.planner = model, objective, planner
         self.execute, self.max_batch, self.warm_start = execute, max_batch, warm_start
-        self.device = device
         self.reset()
 
     def reset(self) -> None:
@@ -89,9 +86,7 @@ class Controller:
     def plan(self, history: History) -> Plan:
         """The plan from here; the first `execute` of its actions are to be carried out."""
         cost = cost_of(self.objective, self.model, history, max_batch=self.max_batch)
-        plan = self.planner.plan(
-            cost, mean=self._mean, generator=self._generator, device=self.device
-        )
+        plan = self.planner.plan(cost, mean=self._mean, generator=self._generator)
         if self.warm_start:
             self._mean = self.planner.shifted(plan.mean, self.execute)
         return plan
@@ -148,7 +143,7 @@ def run_episode(
         if not waiting:
             done = torch.stack(actions) if actions else torch.zeros(0, width)
             plans.append(controller.plan(History(torch.stack(frames, 1), done)))
-            waiting = list(plans[-1].actions[: controller.execute].cpu())
+            waiting = list(plans[-1].actions[: controller.execute])
         action = waiting.pop(0)
         command = action.numpy() if act is None else act(action)
         observation, reward, terminated, truncated, info = env.step(command)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from magvit_fast.decoding._inputs import Tokenizer, evaluation
 from magvit_fast.decoding.maskvit import (
@@ -98,6 +98,7 @@ class MaskViTModel:
         context: frames of history (RoboNet: 2).
         decoding: how predictions are made; None = five passes without noise, as VP2 plans.
 
+    Observations and actions may be on any device; predictions are on the models'.
     A prediction spans context + H frames, at most the transformer's. The action at its last frame
     has no effect inside the clip; it is zero. Draws (a decoding with temperature) are keyed by the
     place of a candidate in its batch; without them a prediction depends on its actions alone.
@@ -126,6 +127,8 @@ class MaskViTModel:
         self.tokenizer, self.transformer = tokenizer, transformer
         self.decoding = decoding or MaskViTDecoding.for_planning()
         self._context = context
+        weights = transformer.parameters() if isinstance(transformer, nn.Module) else iter(())
+        self.device = next(weights, torch.empty(0)).device
 
     @property
     def context(self) -> int:
@@ -178,7 +181,7 @@ class MaskViTModel:
                 f"tokenizer), got {frames.shape[2]}x{frames.shape[3]}"
             )
         with evaluation(self.tokenizer):
-            ids: Tensor = self.tokenizer.encode(frames.unsqueeze(0))
+            ids: Tensor = self.tokenizer.encode(frames.unsqueeze(0).to(self.device))
         return ids[0]
 
     def _clips(self, history: History, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,6 +199,7 @@ class MaskViTModel:
                 f"got {history.frames.shape[1]} and {history.actions.shape[1]}"
             )
         population, horizon = actions.shape[:2]
+        actions = actions.to(self.device)
         given = self._encode(history.frames)
         ids = given.new_zeros(population, self.context + horizon, *given.shape[1:])
         ids[:, : self.context] = given
