@@ -45,6 +45,22 @@ def assert_close(actual: Tensor, plain: Tensor, exact: Tensor, what: str) -> Non
 FUNCTIONAL = {"AutoencoderKLCosmos": 56}
 
 
+@pytest.mark.parametrize("name", ["AutoencoderKLWan", "AutoencoderKLCogVideoX"])
+def test_weights_reordered_by_patch(name: str) -> None:
+    model, video = autoencoder(name)
+    with torch.no_grad():
+        plain = encode_decode(model, video)
+        mf.patch(model, channels_last=True)
+        patched = encode_decode(model, video)
+        assert any(
+            isinstance(m, nn.Conv3d) and not m.weight.is_contiguous() for m in model.modules()
+        )
+        mf.unpatch(model)
+        assert all(p.is_contiguous() for p in model.parameters())
+    for actual, expected in zip(patched, plain, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_autoencoders_of_diffusers(name: str) -> None:
     model, video = autoencoder(name)

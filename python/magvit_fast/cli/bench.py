@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time this model before and after mf.patch instead, as diffusers:AutoencoderKLWan",
     )
     parser.add_argument("--config", metavar="JSON", help="arguments of --model's class")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="patch --model with channels_last=True"
+    )
     parser.add_argument("--batch", type=positive_int, default=1)
     parser.add_argument("--frames", type=positive_int, help="default: 17; 16 for MAGVIT")
     parser.add_argument("--size", type=frame_size, default=(64, 64), metavar="N|HxW")
@@ -51,8 +54,8 @@ def run(args: argparse.Namespace) -> Outcome:
             if args.preset is not None or args.tokenizer is not None:
                 raise ValueError("--model: expected without --preset and --tokenizer")
             return run_model(args, device, _DTYPES[args.dtype])
-        if args.config is not None:
-            raise ValueError("--config: expected with --model only")
+        if args.config is not None or args.channels_last:
+            raise ValueError("--config, --channels-last: expected with --model only")
         if args.preset is None:
             tokenizer = load_tokenizer(args.tokenizer, device)
         elif args.tokenizer is not None:

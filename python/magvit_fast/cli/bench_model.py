@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 from collections.abc import Callable
@@ -65,43 +66,35 @@ def _tensor_of(result: Any) -> Tensor:
     return result
 
 
-def parts(model: Any, video: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """What is timed: encode and decode where the model has both, else its forward."""
-    if not (hasattr(model, "encode") and hasattr(model, "decode")):
+def parts(model: Any, video: Tensor, latent: Tensor | None) -> dict[str, Callable[[], Tensor]]:
+    """What is timed: encode of the video and decode of the latent, or forward without a latent."""
+    if latent is None:
         return {"forward": lambda: _tensor_of(model(video))}
-    latent = _tensor_of(model.encode(video))
     return {
         "encode": lambda: _tensor_of(model.encode(video)),
         "decode": lambda: _tensor_of(model.decode(latent)),
     }
 
 
-def compare(model: nn.Module, video: Tensor, repeats: int) -> dict[str, Any]:
-    """Times, peak memory and agreement of `model` as it is and patched; it is left as it came.
+def compare(
+    model: nn.Module, video: Tensor, repeats: int, *, channels_last: bool = False
+) -> dict[str, Any]:
+    """Times, peak memory and agreement of `model` as it is and of a patched copy.
 
     Results are compared in the model's dtype: the largest difference over the largest value.
     """
+    twin = copy.deepcopy(model)
+    report = mf.patch(twin, channels_last=channels_last)
     with torch.inference_mode():
-        plain = parts(model, video)
+        codec: Any = model if hasattr(model, "encode") and hasattr(model, "decode") else None
+        latent = None if codec is None else _tensor_of(codec.encode(video))
+        plain, patched = parts(model, video, latent), parts(twin, video, latent)
         expected = {name: run() for name, run in plain.items()}
-        report = mf.patch(model)
         differences = {
             name: float((run() - expected[name]).abs().max() / expected[name].abs().max())
-            for name, run in plain.items()
+            for name, run in patched.items()
         }
-        mf.unpatch(model)
-
-        def patched(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-            def call() -> Tensor:
-                mf.patch(model)
-                try:
-                    return run()
-                finally:
-                    mf.unpatch(model)
-
-            return call
-
-        candidates = plain | {f"patched {name}": patched(run) for name, run in plain.items()}
+        candidates = plain | {f"patched {name}": run for name, run in patched.items()}
         seconds = median_seconds(candidates, video.device, repeats, warm=True)
         peaks = {name: peak_bytes(run, video.device) for name, run in candidates.items()}
     facts: dict[str, Any] = {
@@ -125,7 +118,8 @@ def run_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
     """The command, with --model."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = build(args.model, args.config).to(device, dtype)
+    model = build(args.model, args.config).to(device)
+    model = model if dtype == torch.float32 else model.to(dtype)
     shape = (args.batch, 3, args.frames or 17, *args.size)
     video = (torch.rand(shape, generator=generator) * 2 - 1).to(device, dtype)
     facts = {
@@ -135,7 +129,8 @@ def run_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
         "dtype": args.dtype,
         "threads": torch.get_num_threads(),
         "device": str(device),
-        **compare(model, video, args.repeats),
+        "channels_last": args.channels_last,
+        **compare(model, video, args.repeats, channels_last=args.channels_last),
     }
     return Outcome(facts, _text(facts))
 

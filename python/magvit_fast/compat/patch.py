@@ -118,7 +118,11 @@ def _selected(ops: Iterable[str] | None) -> tuple[str, ...]:
 
 # --- patching ---------------------------------------------------------------------------------
 def patch(
-    model: nn.Module, *, ops: Iterable[str] | None = None, verify: bool = False
+    model: nn.Module,
+    *,
+    ops: Iterable[str] | None = None,
+    verify: bool = False,
+    channels_last: bool = False,
 ) -> PatchReport:
     """Swap what is recognized in `model` for native modules, in place; `unpatch` takes it back.
 
@@ -132,6 +136,10 @@ def patch(
         verify: run each module on random input before and after, against float64, and refuse the swap
             whose error is more than twice the old one (in float32 and above the convolution's stated
             1e-5 of the largest value). Draws no number from the global generators.
+        channels_last: also store the weights of swapped 2D and 3D convolutions in channels-last order.
+            By PyTorch's own rule a convolution's result then has that order too, so that no layer
+            between two convolutions transposes: faster, but a model that calls `.view` on its
+            activations may raise. The values do not change.
 
     Returns:
         PatchReport: the modules swapped, and those left alone with the reason.
@@ -154,6 +162,8 @@ def patch(
             obstacle = _disagreement(module) if verify else None
             if obstacle is not None:
                 _restore(module)
+            elif channels_last and op == "causal_conv3d":
+                _reorder(module)
         if obstacle is None:
             report.swapped.append(Entry(name, kind, op, note))
         else:
@@ -176,6 +186,16 @@ def _restore(module: nn.Module) -> None:
     assert own is not None
     module.__class__ = own
     module.__dict__.pop("native_activation", None)
+    if module.__dict__.pop("_magvit_fast_reordered", False):
+        module.weight.data = module.weight.data.contiguous()  # type: ignore[operator]
+
+
+def _reorder(module: Any) -> None:
+    """Store the weight in channels-last order; `_restore` takes it back."""
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(module.weight.dim())
+    if order is not None and module.weight.is_contiguous():
+        module.weight.data = module.weight.data.contiguous(memory_format=order)
+        module._magvit_fast_reordered = True
 
 
 def _fuse_activations(model: nn.Module) -> None:
