@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from magvit_fast.data.clips import Augmentation, SceneClips, VideoClips, list_files
 from magvit_fast.data.order import BatchOrder, Draw
-from magvit_fast.data.synthetic import render_clip
+from magvit_fast.data.synthetic import SCENE_CLASSES, render_clip
 from magvit_fast.data.video import read_video, write_video
 from magvit_fast.errors import FileFormatError
 
@@ -140,3 +140,17 @@ def test_scenes_are_a_source_like_any_other():
     assert torch.equal(clip, scene(2, 5, 16).float() / 255)
     still = scenes[Draw(0, 2, still=True)]["video"]
     assert any(torch.equal(still[:, 0], clip[:, t]) for t in range(5))
+
+
+def test_scenes_have_the_color_of_their_floor_for_a_class():
+    scenes = SceneClips(30, frames=2, size=16, labels=True)
+    assert scenes.class_names == SCENE_CLASSES
+    assert scenes.identity != SceneClips(30, frames=2, size=16).identity
+    items = [scenes[Draw(0, i)] for i in range(30)]
+    assert {item["class_id"] for item in items} == set(range(len(SCENE_CLASSES)))
+    means = torch.stack([item["video"].flatten(1).median(1).values for item in items])
+    classes = torch.tensor([item["class_id"] for item in items])
+    blue, brown = means[classes == 0].mean(0), means[classes == 3].mean(0)
+    assert blue[2] > blue[0]
+    assert brown[0] > brown[2]
+    assert SceneClips(3, frames=2, size=16)[Draw(0, 0)]["class_id"] == -1

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from magvit_fast.data.actions import action_file, read_actions
 from magvit_fast.data.order import Draw
-from magvit_fast.data.synthetic import TRAIN_SEEDS, render_clip
+from magvit_fast.data.synthetic import SCENE_CLASSES, TRAIN_SEEDS, render_clip, scene_class
 from magvit_fast.data.video import center_crop_resize, probe, read_video
 from magvit_fast.errors import FileFormatError
 
@@ -231,18 +231,27 @@ class VideoClips:
 
 
 class SceneClips:
-    """Rendered scenes (synthetic.py) as a source: entry i is the training scene `first + i`."""
+    """Rendered scenes (synthetic.py) as a source: entry i is the training scene `first + i`.
 
-    class_names: tuple[str, ...] = ()
+    labels: a scene's class is that of synthetic.scene_class.
+    """
 
     def __init__(
-        self, count: int, *, frames: int = 17, size: int = 64, first: int = TRAIN_SEEDS.start
+        self,
+        count: int,
+        *,
+        frames: int = 17,
+        size: int = 64,
+        first: int = TRAIN_SEEDS.start,
+        labels: bool = False,
     ) -> None:
         if count < 1:
             raise ValueError(f"count: expected at least one scene, got {count}")
         self.num_clips = self.num_stills = count
         self.frames, self.size, self.first = frames, size, first
-        self.identity = f"scenes from {first}, {frames} frames of {size} pixels"
+        self.class_names = SCENE_CLASSES if labels else ()
+        kind = "labeled scenes" if labels else "scenes"
+        self.identity = f"{kind} from {first}, {frames} frames of {size} pixels"
 
     def __getitem__(self, draw: Draw) -> Sample:
         clip = render_clip(self.first + draw.index, self.frames, self.size)  # uint8 [T, H, W, 3]
@@ -250,7 +259,8 @@ class SceneClips:
             frame = np.random.default_rng([draw.epoch, draw.index]).integers(self.frames)
             clip = clip[frame : frame + 1]
         video = torch.from_numpy(clip).permute(3, 0, 1, 2).float().div_(255.0).contiguous()
-        return {"video": video, "class_id": -1, "replaced": 0}
+        class_id = scene_class(self.first + draw.index) if self.class_names else -1
+        return {"video": video, "class_id": class_id, "replaced": 0}
 
 
 def list_files(path: str | os.PathLike[str]) -> list[Path]:

@@ -57,6 +57,8 @@ _FLOOR_COLORS = np.array(
     [[0.20, 0.28, 0.45], [0.38, 0.26, 0.40], [0.22, 0.38, 0.36], [0.42, 0.36, 0.30]],
     dtype=np.float32,
 )
+# A scene's class is the color of its floor; in the order of _FLOOR_COLORS.
+SCENE_CLASSES = ("blue floor", "purple floor", "green floor", "brown floor")
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,14 @@ class Motion:
 
 @dataclass(frozen=True)
 class _Looks:
-    """Colors [N, 3], box [N] (False: disc), angles, aspects [N], floor [3], waves, tints [K, 3]."""
+    """Colors [N, 3], box [N] (False: disc), angles, aspects [N], floor (row of _FLOOR_COLORS), waves,
+    tints [K, 3]."""
 
     colors: FloatArray
     box: npt.NDArray[np.bool_]
     angles: FloatArray
     aspects: FloatArray
-    floor: FloatArray
+    floor: int
     waves: FloatArray  # rows: x frequency, y frequency (radians a pixel), phase
     tints: FloatArray
 
@@ -217,10 +220,15 @@ def _scene_looks(seed: int, count: int) -> _Looks:
         box=box,
         angles=rng.uniform(0.0, np.pi, size=count).astype(np.float32),
         aspects=rng.uniform(0.7, 1.0, size=count).astype(np.float32),
-        floor=_FLOOR_COLORS[rng.integers(len(_FLOOR_COLORS))],
+        floor=int(rng.integers(len(_FLOOR_COLORS))),
         waves=np.stack(columns, axis=1).astype(np.float32),
         tints=tints.astype(np.float32),
     )
+
+
+def scene_class(seed: int) -> int:
+    """The class of scene `seed`: an index of SCENE_CLASSES, the same at any length and size."""
+    return _scene_looks(seed, len(scene_motion(seed, 1).radii)).floor
 
 
 def render_clip(seed: int, frames: int = 17, size: int = 64) -> UInt8Array:
@@ -263,7 +271,8 @@ def _draw_floor(x: FloatArray, y: FloatArray, looks: _Looks) -> FloatArray:
     tints = np.concatenate([looks.tints, looks.tints])  # [2K, 3]
     weighted = tints.T[None, :, None, :] * down.transpose(0, 2, 1)[:, None]  # [T, 3, H, 2K]
     return np.asarray(
-        weighted @ across[:, None] + looks.floor[None, :, None, None], dtype=np.float32
+        weighted @ across[:, None] + _FLOOR_COLORS[looks.floor][None, :, None, None],
+        dtype=np.float32,
     )
 
 

@@ -76,7 +76,7 @@ class DataConfig:
         steps: 0.25 makes every fourth batch one of images (which have the clips' size).
     image_path: where those images come from, a folder or list as `path`; empty: single frames of
         the clips, and the image files beside them. Images alone need no ratio: frames = 1.
-    labels: a video's class is the name of its folder.
+    labels: a video's class is the name of its folder, a scene's the color of its floor.
     actions: a video's actions are in a NumPy file beside it, see data/actions.py; needs strides [1]
         and no flip.
     """

@@ -22,7 +22,9 @@ def open_clips(config: DataConfig, seed: int, *, quiet: bool = False) -> ClipSou
         clips = open_clips(replace(config, image_path=""), seed, quiet=quiet)
         return JointSource(clips, _video_clips(config, config.image_path, 1, seed, quiet))
     if config.source == "scenes":
-        return SceneClips(config.scenes, frames=config.frames, size=config.size)
+        return SceneClips(
+            config.scenes, frames=config.frames, size=config.size, labels=config.labels
+        )
     return _video_clips(config, config.path, config.frames, seed, quiet)
 
 

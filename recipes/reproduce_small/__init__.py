@@ -1,0 +1,3 @@
+"""The papers' comparisons at a small scale: train, measure, report. See README.md."""
+
+from __future__ import annotations
