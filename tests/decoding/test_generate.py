@@ -487,6 +487,59 @@ def test_cuts_and_fixed_conditions_reach_the_decoding(
         )
 
 
+@pytest.mark.parametrize(
+    "schedule", ["cosine", "uniform", "exp", "log", "pow0.5", "pow3", "poly:-1,0,1"]
+)
+def test_every_schedule_decodes(
+    schedule: str, magvit: tuple[MagvitTokenizer, MaskedTransformer]
+) -> None:
+    """No pass sees more MASKs than the schedule leaves, and passes end when no token is unknown."""
+    tokenizer, transformer = magvit
+    task, masks = TASKS["frame_prediction"], []
+    hook = transformer.register_forward_pre_hook(lambda _m, args: masks.append(args[1]))
+    settings = MaskedDecoding(steps=12, schedule=schedule)
+    ids = generate_tokens(tokenizer, transformer, task, settings, video=clip(1))
+    hook.remove()
+    counts = [64, *settings.counts(64)]
+    assert counts[-1] == 0
+    region = task.token_mask(clip_geometry(tokenizer, transformer)).flatten()
+    for mask, count in zip(masks, counts, strict=False):
+        assert mask.sum(1).max() <= count  # unknown condition tokens are shown, not masked
+        assert not mask[:, region].any()
+    assert ids.shape == (2, 4, 4, 4)
+    assert len(masks) == len([n for n in counts if n])
+
+
+def test_the_unconditional_branch_of_guidance(
+    magvit: tuple[MagvitTokenizer, MaskedTransformer],
+) -> None:
+    """FULL_GENERATION where the model knows it, else the task's own prompt; no class; MASK for z~."""
+    for known in (True, False):
+        tokenizer, transformer = magvit
+        if not known:
+            transformer = make_transformer(
+                grid=(4, 4, 4), num_subtokens=1, subtoken_size=16,
+                prompts=("inpainting", "frame_prediction"),
+            )  # fmt: skip
+        calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        hook = transformer.register_forward_pre_hook(
+            lambda _m, args, kwargs, calls=calls: calls.append((args[1], kwargs)), with_kwargs=True
+        )
+        mf.generate(
+            tokenizer, transformer, task="class_frame_prediction", video=clip(1), class_id=1,
+            steps=2, guidance=1.0,
+        )  # fmt: skip
+        hook.remove()
+        assert len(calls) == 4
+        (shown, ours), (masked, free) = calls[:2]
+        assert ours["prompt_id"] == 1
+        assert free["prompt_id"] == (0 if known else 1)
+        assert ours["class_id"].tolist() == [1, 1]
+        assert free.get("class_id") is None
+        assert not shown[:, :16].any()
+        assert masked.all()
+
+
 def test_magvit_predicts_long_videos_from_one_frame(
     magvit: tuple[MagvitTokenizer, MaskedTransformer],
 ) -> None:

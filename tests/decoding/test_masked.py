@@ -180,7 +180,7 @@ def random_network(num_values: int = 8, subtokens: int = 2, seed: int = 0) -> Ta
 @given(
     num_tokens=st.integers(1, 40),
     steps=st.integers(1, 14),
-    schedule=st.sampled_from(["cosine", "uniform", "exp", "log", "pow2"]),
+    schedule=st.sampled_from(["cosine", "uniform", "exp", "log", "pow0.5", "pow2", "poly:-1,0,1"]),
     seed=st.integers(0, 2**31),
 )
 def test_invariants(num_tokens: int, steps: int, schedule: str, seed: int) -> None:
