@@ -20,7 +20,8 @@ from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import Processes, positive_int, table
 from magvit_fast.data.actions import read_actions
 from magvit_fast.data.clips import cut_window
-from magvit_fast.data.video import probe, read_video
+from magvit_fast.data.index import FileFacts, index_files
+from magvit_fast.data.video import read_video
 from magvit_fast.decoding import clip_geometry
 from magvit_fast.errors import FileFormatError
 from magvit_fast.metrics import (
@@ -72,7 +73,7 @@ class _Job:
     protocol: Protocol
     span: int  # frames read of each real clip
     files: list[Path]
-    lengths: list[int]
+    facts: list[FileFacts]  # of each file
     classes: list[str]
     options: dict[str, Any]
     device: torch.device
@@ -89,8 +90,9 @@ def measure_generation(
     """Facts and text. Raises ValueError (protocol, task and models that do not go together)."""
     if args.protocol is not None and args.clips is not None:
         raise ValueError(f"--clips: protocol {args.protocol} says which clips; leave it out")
-    lengths = [probe(file).frames for file in files]
-    job = _job(files, lengths, tokenizer, transformer, args, device)
+    clips = _readable(files)
+    lengths = [found.frames for found in clips]
+    job = _job(files, clips, tokenizer, transformer, args, device)
     protocol = job.protocol
     usable = sum(length >= job.span for length in lengths)
     if not usable:
@@ -144,9 +146,19 @@ def measure_generation(
     return facts, _text(facts)
 
 
+def _readable(files: list[Path]) -> list[FileFacts]:
+    """Raises FileFormatError for the first file that cannot be read."""
+    facts = []
+    for found in index_files(files):
+        if isinstance(found, FileFormatError):
+            raise found
+        facts.append(found)
+    return facts
+
+
 def _job(
     files: list[Path],
-    lengths: list[int],
+    facts: list[FileFacts],
     tokenizer: VideoTokenizer,
     transformer: VideoTransformer,
     args: argparse.Namespace,
@@ -188,7 +200,7 @@ def _job(
         protocol,
         span,
         files,
-        lengths,
+        facts,
         classes,
         options,
         device,
@@ -229,7 +241,15 @@ def _samples(job: _Job, batch: Sequence[ClipRequest], number: int) -> tuple[Tens
     real = torch.stack(
         [
             cut_window(
-                read_video(job.files[r.video], frames=job.span, start=r.start), size, 1.0, r.place
+                read_video(
+                    job.files[r.video],
+                    frames=job.span,
+                    start=r.start,
+                    keyframes=job.facts[r.video].keyframes,
+                ),
+                size,
+                1.0,
+                r.place,
             )
             for r in batch
         ]
@@ -254,7 +274,7 @@ def _samples(job: _Job, batch: Sequence[ClipRequest], number: int) -> tuple[Tens
 
 def _actions(job: _Job, request: ClipRequest) -> Tensor:
     """[frames, A]: the rows of a clip's frames, from the array beside its file."""
-    rows = read_actions(job.files[request.video], job.lengths[request.video])
+    rows = read_actions(job.files[request.video], job.facts[request.video].frames)
     return rows[request.start : request.start + job.geometry.frames]
 
 

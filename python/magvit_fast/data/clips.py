@@ -8,11 +8,11 @@ batches.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from magvit_fast.data.actions import action_file, read_actions
+from magvit_fast.data.index import FileFacts, index_files
 from magvit_fast.data.order import Draw
+from magvit_fast.data.seeking import Keyframes
 from magvit_fast.data.synthetic import SCENE_CLASSES, TRAIN_SEEDS, render_clip, scene_class
-from magvit_fast.data.video import center_crop_resize, probe, read_video
+from magvit_fast.data.video import center_crop_resize, read_video
 from magvit_fast.errors import FileFormatError
 
 log = logging.getLogger("magvit_fast")
@@ -149,9 +151,13 @@ class VideoClips:
                 f"{path}: no usable video: it names no video or image file "
                 f"({', '.join(sorted(VIDEO_SUFFIXES))})"
             )
-        lengths = _frame_counts(found, logging.DEBUG if quiet else logging.WARNING, actions=actions)
-        self.files = [file for file, length in zip(found, lengths, strict=True) if length]
-        self.lengths = [length for length in lengths if length]
+        usable = _usable(found, logging.DEBUG if quiet else logging.WARNING, actions=actions)
+        self.files = [file for file in found if file in usable]
+        self.lengths = [usable[file].frames for file in self.files]
+        # flat: of a large set there may be millions
+        keyframes = [usable[file].keyframes for file in self.files]
+        self._keyframe_ends = np.cumsum([len(keys) for keys in keyframes])
+        self._keyframes = np.array(list(itertools.chain(*keyframes)), np.int64).reshape(-1, 2)
         shortest = (frames - 1) * min(augmentation.strides) + 1
         self._clips = [i for i, length in enumerate(self.lengths) if length >= shortest]
         self._warned: set[Path] = set()
@@ -212,7 +218,10 @@ class VideoClips:
         scale = rng.uniform(*options.crop_scale)
         place = rng.random(2)
         mirrored = options.flip and rng.random() < 0.5
-        video = read_video(self.files[number], frames=frames, start=start, stride=stride)
+        video = read_video(
+            self.files[number], frames=frames, start=start, stride=stride,
+            keyframes=self._keyframes_of(number),
+        )  # fmt: skip
         video = cut_window(video, self.size, scale, (place[0], place[1]))
         video = video.flip(-1) if mirrored else video
         sample: Sample = {"video": video, "class_id": self._class(number), "replaced": 0}
@@ -220,6 +229,11 @@ class VideoClips:
             rows = read_actions(self.files[number], length)
             sample["actions"] = rows[start : start + frames].clone()
         return sample
+
+    def _keyframes_of(self, number: int) -> Keyframes:
+        end = int(self._keyframe_ends[number])
+        first = int(self._keyframe_ends[number - 1]) if number else 0
+        return tuple((int(n), int(time)) for n, time in self._keyframes[first:end])
 
     def _class(self, number: int) -> int:
         return self.class_names.index(self.files[number].parent.name) if self.class_names else -1
@@ -280,30 +294,24 @@ def list_files(path: str | os.PathLike[str]) -> list[Path]:
     return [path.parent / line.strip() for line in lines if line.strip()]
 
 
-def _frame_counts(files: list[Path], level: int, *, actions: bool = False) -> list[int]:
-    """Frames of each file, 0 for those that cannot be read (or whose actions cannot); these are
-    named in one log entry."""
+def _usable(files: list[Path], level: int, *, actions: bool = False) -> dict[Path, FileFacts]:
+    """Facts of the files that can be read (and their actions); the others are named in one log entry."""
+    facts = index_files(files)
     widths: dict[Path, int] = {}
-
-    def count(file: Path) -> int | FileFormatError:
-        try:
-            frames = probe(file).frames
-            if actions:
-                widths[file] = read_actions(file, frames).shape[1]
-        except FileFormatError as error:
-            return error
-        return frames
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        counts = list(pool.map(count, files))
+    for i, (file, found) in enumerate(zip(files, facts, strict=True)):
+        if actions and isinstance(found, FileFacts):
+            try:
+                widths[file] = read_actions(file, found.frames).shape[1]
+            except FileFormatError as error:
+                facts[i] = error
     width = next((widths[file] for file in files if file in widths), 0)
     for i, file in enumerate(files):
         if widths.get(file, width) != width:
-            counts[i] = FileFormatError(
+            facts[i] = FileFormatError(
                 f"{action_file(file)}: its actions have {widths[file]} numbers, those of the first "
                 f"video {width}"
             )
-    bad = [str(error) for error in counts if isinstance(error, FileFormatError)]
+    bad = [str(error) for error in facts if isinstance(error, FileFormatError)]
     if bad:
         more = (
             f"\n  ... and {len(bad) - _NAMES_IN_WARNING} more"
@@ -315,7 +323,7 @@ def _frame_counts(files: list[Path], level: int, *, actions: bool = False) -> li
             "skipped %d of %d files:\n  %s%s",
             len(bad), len(files), "\n  ".join(bad[:_NAMES_IN_WARNING]), more,
         )  # fmt: skip
-    return [0 if isinstance(c, FileFormatError) else c for c in counts]
+    return {f: c for f, c in zip(files, facts, strict=True) if isinstance(c, FileFacts)}
 
 
 def cut_window(

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from magvit_fast.data.atomic import atomic_path
+from magvit_fast.data.seeking import (
+    Keyframes,
+    KeyframeScan,
+    candidates,
+    keyframes_before,
+    times_are_stored,
+)
 from magvit_fast.errors import FileFormatError, MissingExtraError
 
 PathLike = str | os.PathLike[str]
 
 _DEFAULT_FPS = Fraction(25)  # for raw streams, which state none
 _HIGHEST_FPS = 1000
+_WORTH_SEEKING = 32  # frames; fewer are decoded faster than their packets are looked at
 # How files written here describe their pixels: BT.601 matrix, limited range (FFmpeg's numbers).
 _SMPTE170M, _LIMITED_RANGE = 6, 1
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds. `frames` is counted, not read off; the size is after rotation."""
+    """What a video file holds. `frames` is counted, not read off; the size is after rotation.
+
+    keyframes: (frame number, time stamp) of those that decoding can begin at; see seeking.py.
+    """
 
     path: str
     frames: int
@@ -42,6 +53,7 @@ class VideoInfo:
     width: int
     height: int
     codec: str
+    keyframes: Keyframes = ()
 
     @property
     def seconds(self) -> float:
@@ -185,19 +197,20 @@ def probe(path: PathLike) -> VideoInfo:
         height, width = _rgb(first).shape[:2]
         fps, codec = _fps(stream), stream.codec_context.name
     with _open_video(path) as (container, stream):
-        frames = _count_frames(path, container, stream)
-    return VideoInfo(str(path), frames, float(fps), width, height, codec)
-
-
-def _count_frames(path: Path, container: Any, stream: Any) -> int:
-    """Packets that become shown frames. No decoding; headers may lie or be absent."""
-    return sum(
-        bool(packet.size) and not packet.is_discard for packet in _packets(path, container, stream)
-    )
+        scan = KeyframeScan()  # packets are counted: headers may lie or be absent
+        for packet in _packets(path, container, stream):
+            scan.add(packet)
+        keyframes = scan.keyframes() if times_are_stored(container.format.name) else ()
+    return VideoInfo(str(path), scan.frames, float(fps), width, height, codec, keyframes)
 
 
 def iter_frames(
-    path: PathLike, *, size: int | tuple[int, int] | None = None, start: int = 0, stride: int = 1
+    path: PathLike,
+    *,
+    size: int | tuple[int, int] | None = None,
+    start: int = 0,
+    stride: int = 1,
+    keyframes: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Tensor]:
     """Decode frame by frame (memory: one frame), for files of any length.
 
@@ -205,7 +218,11 @@ def iter_frames(
         path: video file.
         size: (height, width) or one number for both: the largest centered window of that aspect
             ratio is cut out, then resized with antialiasing. None keeps the file's size.
-        start, stride: yield frames start, start + stride, start + 2 * stride, ...
+        start, stride: yield frames start, start + stride, start + 2 * stride, ... Decoding begins
+            at a keyframe before `start` where the container has time stamps for that (MP4, MOV,
+            MKV, WebM), else at the front; the frames are the same.
+        keyframes: VideoInfo.keyframes of this very file, if known; None finds them by reading the
+            packets before `start`, without decoding them.
 
     Yields:
         float32 [C=3, H, W], RGB in [0, 1].
@@ -219,23 +236,71 @@ def iter_frames(
         raise ValueError(f"start: expected a frame number >= 0, got {start}")
     if stride < 1:
         raise ValueError(f"stride: expected a step >= 1, got {stride}")
-    return _iter_frames(Path(path), target, start, stride)
+    return _iter_frames(Path(path), target, start, stride, keyframes)
 
 
 def _iter_frames(
-    path: Path, target: tuple[int, int] | None, start: int, stride: int
+    path: Path,
+    target: tuple[int, int] | None,
+    start: int,
+    stride: int,
+    keyframes: Sequence[tuple[int, int]] | None,
 ) -> Iterator[Tensor]:
     shape: torch.Size | None = None
+    for frame in itertools.islice(_frames_from(path, start, keyframes), 0, None, stride):
+        image = torch.from_numpy(_rgb(frame)).permute(2, 0, 1).float().div_(255.0)
+        shape = image.shape if shape is None else shape
+        if target is None and image.shape != shape:
+            raise FileFormatError(
+                f"{path}: its frames change from {tuple(shape[1:])} to {tuple(image.shape[1:])} "
+                "pixels on the way; choose one size"
+            )
+        yield image if target is None else center_crop_resize(image, target)
+
+
+def _frames_from(
+    path: Path, start: int, keyframes: Sequence[tuple[int, int]] | None
+) -> Iterator[Any]:
+    """Frames start, start + 1, ...: from a keyframe that is found again, else from the front."""
+    if keyframes is None:
+        keyframes = ()
+        if start >= _WORTH_SEEKING:
+            with _open_video(path) as (container, stream):
+                if times_are_stored(container.format.name):
+                    keyframes = keyframes_before(_packets(path, container, stream), start)
+    for number, time in candidates(keyframes, start):
+        with _open_video(path) as (container, stream):
+            frames = _decode_at(path, container, stream, number, time)
+            if next(frames, None) is not None:
+                yield from itertools.islice(frames, start - number, None)
+                return
     with _open_video(path) as (container, stream):
-        for frame in itertools.islice(_decode(path, container, stream), start, None, stride):
-            image = torch.from_numpy(_rgb(frame)).permute(2, 0, 1).float().div_(255.0)
-            shape = image.shape if shape is None else shape
-            if target is None and image.shape != shape:
-                raise FileFormatError(
-                    f"{path}: its frames change from {tuple(shape[1:])} to {tuple(image.shape[1:])} "
-                    "pixels on the way; choose one size"
-                )
-            yield image if target is None else center_crop_resize(image, target)
+        yield from itertools.islice(_decode(path, container, stream), start, None)
+
+
+def _decode_at(path: Path, container: Any, stream: Any, number: int, time: int) -> Iterator[Any]:
+    """True, then the frames from keyframe `number` on; nothing where seeking does not lead to it."""
+    landed, count = False, number
+    try:
+        container.seek(time, stream=stream, backward=True, any_frame=False)
+        for packet in _packets(path, container, stream):
+            for frame in packet.decode():
+                if not landed:
+                    if frame.pts is not None and frame.pts < time:
+                        continue  # shown before the keyframe, and broken if it leans on earlier ones
+                    if frame.pts != time or not frame.key_frame or frame.is_corrupt:
+                        return
+                    landed = True
+                    yield True
+                if frame.is_corrupt:
+                    raise _damaged(path, count, "the decoder had to guess parts of it")
+                yield frame
+                count += 1
+    except (_av().FFmpegError, OSError, FileFormatError) as error:
+        if landed:
+            if isinstance(error, FileFormatError):
+                raise
+            raise _damaged(path, count, _reason(error)) from error
 
 
 def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -281,13 +346,14 @@ def read_video(
     size: int | tuple[int, int] | None = None,
     start: int = 0,
     stride: int = 1,
+    keyframes: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Read a clip.
 
     Args:
         path: video file.
         frames: how many frames to return; None for all there are.
-        size, start, stride: see `iter_frames`.
+        size, start, stride, keyframes: see `iter_frames`.
 
     Returns:
         float32 [C=3, T, H, W], RGB in [0, 1].
@@ -298,9 +364,8 @@ def read_video(
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames: expected a count >= 1 or None, got {frames}")
-    images = list(
-        itertools.islice(iter_frames(path, size=size, start=start, stride=stride), frames)
-    )
+    found = iter_frames(path, size=size, start=start, stride=stride, keyframes=keyframes)
+    images = list(itertools.islice(found, frames))
     if not images or (frames is not None and len(images) < frames):
         wanted = "at least one frame" if frames is None else f"{frames} frames"
         raise FileFormatError(
