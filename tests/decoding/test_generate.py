@@ -188,6 +188,32 @@ def test_other_sizes_and_lengths(
             mf.generate(tokenizer, transformer, **run)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("task", "seen"), [("frame_prediction", 5), ("class_frame_prediction", 5),
+                                           ("frame_interpolation", 17), ("outpainting_central", 17)])  # fmt: skip
+def test_a_causal_tokenizer_sees_the_frames_of_the_condition_alone(
+    task: str,
+    seen: int,
+    tokenizer: MagvitV2Tokenizer,
+    transformer: MaskedTransformer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And its tokens inside the region are those of the whole condition clip."""
+    encoded: list[torch.Tensor] = []
+    shown: list[torch.Tensor] = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda video: encoded.append(video) or encode(video))
+    hook = transformer.register_forward_pre_hook(lambda _m, args: shown.append(args[0]))
+    classes = 1 if task.startswith("class") else None
+    mf.generate(tokenizer, transformer, task=task, video=clip(), class_id=classes, steps=1)
+    hook.remove()
+    assert [video.shape[2] for video in encoded] == [seen]
+    chosen, geometry = TASKS[task], clip_geometry(tokenizer, transformer)
+    whole = encode(chosen.condition_video(clip(), geometry)).flatten(1)
+    region = chosen.token_mask(geometry).flatten()
+    # a bit near zero may fall either way in another order of sums
+    assert (shown[0][:, region] == whole[:, region]).float().mean() > 0.99
+
+
 def test_given_frames_within_a_slot_decode_each_clip_by_itself(
     tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from magvit_fast.decoding._inputs import (
@@ -274,7 +275,7 @@ def generate_tokens(
         condition = None
         if video is not None and task.has_condition:
             shown = video if true_condition else task.condition_video(video, geometry)
-            condition = _tokens_of(tokenizer, geometry, shown[:, :, : geometry.frames])
+            condition = _tokens_of(tokenizer, geometry, shown[:, :, : geometry.frames], region)
         batch = len(condition) if condition is not None else 1 if classes is None else len(classes)
         prefix = None
         if condition is not None and transformer.config.condition_tokens:
@@ -324,16 +325,27 @@ def _check_true_clip(geometry: ClipGeometry, video: Tensor | None, windows: int)
         )
 
 
-def _tokens_of(tokenizer: Tokenizer, geometry: ClipGeometry, clip: Tensor) -> Tensor:
-    """int64 [B, N]."""
+def _tokens_of(
+    tokenizer: Tokenizer, geometry: ClipGeometry, clip: Tensor, region: Tensor
+) -> Tensor:
+    """int64 [B, N], true inside the region bool [N]; what is behind its last slot may be zeros.
+
+    A causal tokenizer is not shown the frames behind that slot: 5 of 17 for MAGVIT-v2's frame
+    prediction.
+    """
+    slots = geometry.grid[0]
+    if geometry.causal and bool(region.any()):
+        slots = 1 + int(region.view(slots, -1).any(1).nonzero()[-1])
+        stride = (geometry.frames - 1) // max(1, geometry.grid[0] - 1)
+        clip = clip[:, :, : 1 + (slots - 1) * stride]
     ids = tokenizer.encode(clip)
-    if tuple(ids.shape[1:]) != geometry.grid:
+    if tuple(ids.shape[1:]) != (slots, *geometry.grid[1:]):
         raise ValueError(
             f"transformer: its grid is {geometry.grid}, but the tokenizer makes "
-            f"{tuple(ids.shape[1:])} tokens of {geometry.frames} frames of "
+            f"{tuple(ids.shape[1:])} tokens of {clip.shape[2]} frames of "
             f"{geometry.height}x{geometry.width}"
         )
-    return ids.flatten(1)
+    return F.pad(ids.flatten(1), (0, geometry.num_tokens - ids[0].numel()))
 
 
 def _check_prefix(transformer: TokenTransformer, task: Task, tokens: int) -> None:
