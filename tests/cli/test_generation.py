@@ -19,6 +19,7 @@ from magvit_fast.data.video import probe, read_video, write_video
 from magvit_fast.errors import FileFormatError
 from magvit_fast.metrics import psnr, ssim
 from magvit_fast.models import (
+    AutoregressiveTransformer,
     MagvitConfig,
     MagvitTokenizer,
     MagvitV2Tokenizer,
@@ -115,6 +116,29 @@ def test_generate_as_the_model_was_trained(
         assert json.loads(result.out)["condition_mode"] == mode
         found[mode] = read_video(out)
     assert not torch.equal(found["commit"], found["fixed"])
+
+
+def test_generate_with_the_baselines_of_magvit(
+    cli: Callable, first_generation: list[str], clip: str, tmp_path: Path
+) -> None:
+    """Frame prediction by latent masking, with the prefix condition, and token after token."""
+    shape = MaskedTransformerConfig(
+        hidden_size=16, num_layers=1, num_heads=2, mlp_size=32, grid=(4, 4, 4), num_subtokens=1,
+        subtoken_size=64, condition_tokens=16,
+    )  # fmt: skip
+    words = ("generate", "--task", "frame_prediction", "--video", clip, "--json", "--steps", "2")
+    found = [
+        cli(*words, "-o", tmp_path / "latent.mp4", *first_generation, "--condition-mode", "latent")
+    ]
+    for kind in (MaskedTransformer, AutoregressiveTransformer):
+        folder = tmp_path / kind.__name__
+        kind(shape).save_pretrained(folder)
+        pair = [*first_generation[:2], "--transformer", folder]
+        found.append(cli(*words, "-o", tmp_path / f"{kind.__name__}.mp4", *pair))
+    for result in found:
+        assert result.status == 0, result.err
+        assert json.loads(result.out)["shape"] == [1, 3, 8, 16, 16]
+    assert json.loads(found[0].out)["given_frames"] == 8
 
 
 def test_generate_at_another_size(

@@ -37,7 +37,12 @@ from magvit_fast.data.video import probe, write_frames, write_image
 from magvit_fast.decoding import Guidance, clip_geometry, generate_stream, published
 from magvit_fast.decoding.published import PUBLISHED_NAMES
 from magvit_fast.errors import FileFormatError
-from magvit_fast.models import MaskedTransformer, VideoTokenizer, VideoTransformer
+from magvit_fast.models import (
+    AutoregressiveTransformer,
+    MaskedTransformer,
+    VideoTokenizer,
+    VideoTransformer,
+)
 from magvit_fast.tasks import CONDITION_MODES, TASKS, ClipGeometry, FrameTask, Task, get_task
 
 # MAGVIT, section 3.3 and table 10.
@@ -286,7 +291,10 @@ def _passes_shown(
     transformer: VideoTransformer, options: dict[str, Any], *, known: bool
 ) -> Iterator[None]:
     """A bar that moves with every pass of the transformer (guidance takes two a step)."""
-    total = options["steps"] * (2 if options["guidance"] else 1) if known else None
+    steps = options["steps"]
+    if isinstance(transformer, AutoregressiveTransformer):
+        steps = transformer.config.num_tokens
+    total = steps * (2 if options["guidance"] else 1) if known else None
     with progress("generate", total, "passes") as advance:
         hook = transformer.register_forward_hook(lambda *_: advance(1))
         try:
@@ -333,5 +341,8 @@ def _given(args: argparse.Namespace, task: Task, geometry: ClipGeometry) -> Tens
         return None
     if args.video is None:
         raise ValueError(f"--video: task {task.name} needs a file to start from; give --video FILE")
-    shape = (task.min_frames(geometry), geometry.height, geometry.width)
+    # latent masking shows the true tokens, which a tokenizer that looks ahead makes of the whole clip
+    whole = args.condition_mode == "latent"
+    frames = geometry.frames if whole else task.min_frames(geometry)
+    shape = (frames, geometry.height, geometry.width)
     return read_clip(args.video, shape, args.start)
