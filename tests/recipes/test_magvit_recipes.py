@@ -152,6 +152,9 @@ def test_transformers(data: str, kind: str, size: str) -> None:
     prompts = [model.prompt_id(TASKS[name].name, TASKS[name].prompt) for name in names]
     assert (prompts == [None]) != several
     assert millions(model) == pytest.approx(305.6 if large else 87.3, abs=0.4)
+    if (data, kind) == ("ucf101", "class-generation"):  # the totals of table 1
+        total = round(MILLIONS[f"magvit-{size}", 128]) + round(millions(model))
+        assert total == (464 if large else 128)
     assert (config.num_layers, config.hidden_size, config.num_heads, config.mlp_size) == (
         (24, 1024, 16, 4096) if large else (12, 768, 12, 3072)
     )

@@ -174,6 +174,38 @@ def test_resuming_continues_exactly(tmp_path: Path, tokenizer: Path) -> None:
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_the_parts_that_count_are_chosen(tmp_path: Path, tokenizer: Path) -> None:
+    """Table 5: the loss of masked positions alone, and with those to be reconstructed."""
+    header = TokenHeader("", 4, (2, 8, 8), (4, 16, 16))
+    ids = torch.randint(0, 16, (2, 2, 8, 8))
+    batch = {"ids": ids, "condition_ids.first1": ids ^ 1}
+    found = {}
+    for parts in (("mask",), ("mask", "reconstruct"), ("reconstruct", "refine", "mask")):
+        stage = recipe(
+            tmp_path, tokenizer, model=dataclasses.replace(SHAPE, dropout=0.0),
+            task=TaskConfig(given_frames=1, loss_on=parts),  # type: ignore[arg-type]
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer = TransformerTrainer(
+            new_accelerator(stage.run), stage, tasks_of(stage.task), header, causal=False
+        )
+        on_device = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
+        values = {
+            k: float(v.detach()) for k, v in trainer.forward_backward(on_device, 0, 0).items()
+        }
+        shares = {
+            "mask": values["share_masked"], "refine": values["share_refined"],
+            "reconstruct": 1 - values["share_masked"] - values["share_refined"],
+        }  # fmt: skip
+        counted = sum(values[f"loss_{part}"] for part in parts)
+        assert values["loss"] == pytest.approx(counted / sum(shares[p] for p in parts), rel=1e-4)
+        found[parts] = [values[f"loss_{part}"] for part in shares]
+    first, *others = found.values()
+    assert all(values == pytest.approx(first) for values in others)  # logged alike
+    with pytest.raises(ValueError, match="loss_on: expected some of reconstruct, refine, mask"):
+        TaskConfig(loss_on=())
+
+
 @pytest.mark.parametrize("prompts", [(), PROMPTS])
 def test_prefix_condition(tmp_path: Path, tokenizer: Path, prompts: tuple[str, ...]) -> None:
     stage = recipe(

@@ -39,6 +39,7 @@ def step(trainer: Any, batch: dict[str, torch.Tensor], network: nn.Module) -> di
     for group in trainer.optimizer.param_groups:
         group["lr"] = 1e-4
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    batch = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
     values = trainer.forward_backward(batch, 0, 0)
     values.update(trainer.finish_step())
     assert all(p.dtype == torch.float32 for p in network.parameters())
@@ -96,6 +97,6 @@ def test_tokenizers_with_their_discriminators(tmp_path: Path, size: str, data: s
         assert math.isfinite(values[name]), name
     stride = 8 if data == "ucf101" else 4
     with trainer.accelerator.autocast(), torch.no_grad():
-        ids = trainer.tokenizer.eval().encode(video)
+        ids = trainer.tokenizer.eval().encode(video.to(trainer.accelerator.device))
     assert ids.shape == (1, 4, 16 // stride, 16 // stride)
     assert int(ids.max()) < 1024

@@ -22,7 +22,7 @@ from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformerConfig
 from magvit_fast.models.maskvit import MaskViTConfig
 from magvit_fast.models.presets import preset
-from magvit_fast.tasks import get_task
+from magvit_fast.tasks import PARTS, Part, get_task
 from magvit_fast.training.losses import TokenizerLossWeights
 
 if sys.version_info >= (3, 11):
@@ -268,6 +268,8 @@ class TaskConfig:
     condition_mode: "commit", or an ablation of the paper: "latent" (latent masking) and "fixed", see
         tasks.commit_mask; "prefix" puts the condition tokens in front, and model.condition_tokens is
         then their number. An autoregressive model has no way but "prefix".
+    loss_on: the parts of COMMIT's loss that count (all three; fewer is table 5's ablation). The log
+        has all parts in any case.
     """
 
     name: str = "frame_prediction"
@@ -277,9 +279,12 @@ class TaskConfig:
     class_drop: float = 0.1
     ratio_per_sample: bool = False
     condition_mode: TrainingCondition = "commit"
+    loss_on: tuple[Part, ...] = PARTS
     label_smoothing: float = 1e-4
 
     def __post_init__(self) -> None:
+        if not self.loss_on:
+            raise ValueError(f"loss_on: expected some of {', '.join(PARTS)}, got none")
         try:
             [get_task(name) for name in self.all_names]
         except ValueError as error:

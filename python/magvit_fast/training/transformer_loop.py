@@ -43,9 +43,9 @@ def train_transformer(
     """Train (or go on training) a transformer; the result is `config.run.output`/transformer.
 
     The token shards of `config.tokens.path` are written first if there are none. The log has loss and
-    accuracy, the parts of the loss (loss_refine, loss_mask, loss_reconstruct, which add up to it) and
-    their shares of the positions; with several tasks also each of these by task ("outpainting_central/
-    loss_mask"), as the mean over the steps of that task since the last line.
+    accuracy, the parts of the loss (loss_refine, loss_mask, loss_reconstruct, which add up to it where
+    all of them count) and their shares of the positions. With several tasks it also has each of these
+    by task ("outpainting_central/loss_mask"), the mean over that task's steps since the last line.
     """
     if isinstance(config, MaskViTTraining):
         return train_maskvit(config, progress=progress)
@@ -139,8 +139,13 @@ class TransformerTrainer(NetworkTrainer):
                 logits = self.model(ids, **prefix)
             else:
                 logits = self.model(corrupted.tokens, corrupted.mask, **prefix)
-            smoothing = self.config.task.label_smoothing
-            result = commit_loss(logits, corrupted, label_smoothing=smoothing)
+            options = self.config.task
+            result = commit_loss(
+                logits,
+                corrupted,
+                label_smoothing=options.label_smoothing,
+                loss_on=PARTS if self.autoregressive else options.loss_on,
+            )
             self.accelerator.backward(result.loss)
         values = self._values(result)
         if len(self.tasks) > 1:
