@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 import magvit_fast as mf
+from magvit_fast.cli.generate import _sheet_class
 from magvit_fast.cli.task_sheet import _shown, _strip, run_tasks, synthetic_video
-from magvit_fast.data.synthetic import demo_clip
+from magvit_fast.data.synthetic import DEMO_SEED, demo_clip
 from magvit_fast.data.video import read_video
 from magvit_fast.decoding import clip_geometry
 from magvit_fast.metrics import psnr
@@ -81,6 +83,24 @@ def test_tasks_that_the_model_cannot_serve(cli: Callable, models: Any, tmp_path:
     text = cli(*ALL, "--sheet", tmp_path / "sheet.png", *pair).out
     assert "not served: task: expected one of the model's prompts" in text
     assert "dB PSNR" in text
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_rendered_scene_comes_with_its_class(
+    classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model may have been trained on scenes, whose floors are classes."""
+    monkeypatch.setattr(
+        "magvit_fast.cli.generate.scene_class", lambda seed: 3 * (seed == DEMO_SEED)
+    )
+    config = MaskedTransformerConfig(
+        hidden_size=16, num_layers=1, num_heads=2, mlp_size=32, grid=(3, 4, 4), num_subtokens=2,
+        subtoken_size=8, num_classes=classes,
+    )  # fmt: skip
+    model, args = MaskedTransformer(config), argparse.Namespace(class_id=None, video=None)
+    assert _sheet_class(args, model) == (3 if classes == 4 else 0)
+    assert _sheet_class(argparse.Namespace(class_id=1, video=None), model) == 1
+    assert _sheet_class(argparse.Namespace(class_id=None, video="clip.mp4"), model) == 0
 
 
 def test_one_task(cli: Callable, models: Any, tmp_path: Path) -> None:

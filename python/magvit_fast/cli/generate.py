@@ -33,6 +33,7 @@ from magvit_fast.cli.runtime import (
 from magvit_fast.cli.sheet import check_matplotlib
 from magvit_fast.cli.task_sheet import run_tasks, synthetic_video, task_rows, write_task_sheet
 from magvit_fast.data.actions import read_action_array
+from magvit_fast.data.synthetic import DEMO_SEED, SCENE_CLASSES, scene_class
 from magvit_fast.data.video import probe, write_frames, write_image
 from magvit_fast.decoding import Guidance, clip_geometry, generate_stream, published
 from magvit_fast.decoding.published import PUBLISHED_NAMES
@@ -225,7 +226,7 @@ def _sheet(args: argparse.Namespace) -> Outcome:
         results = []
         with progress("generate", len(tasks), "tasks") as advance:
             for result in run_tasks(
-                tokenizer, transformer, geometry, tasks, video.to(device), args.class_id or 0,
+                tokenizer, transformer, geometry, tasks, video.to(device), _sheet_class(args, transformer),
                 options,
             ):  # fmt: skip
                 results.append(result)
@@ -284,6 +285,15 @@ def _check_image(args: argparse.Namespace, geometry: ClipGeometry) -> None:
     frames = args.frames or geometry.frames
     if _is_image(args.output) and frames > 1:
         raise ValueError(f"--output: a .png holds one image, but the result has {frames} frames")
+
+
+def _sheet_class(args: argparse.Namespace, transformer: VideoTransformer) -> int:
+    """--class-id, else the rendered scene's own class where the model may know it, else the first."""
+    if args.class_id is not None:
+        return int(args.class_id)
+    known = getattr(transformer.config, "num_classes", 0)
+    own = args.video is None and known == len(SCENE_CLASSES)
+    return scene_class(DEMO_SEED) if own else 0
 
 
 @contextlib.contextmanager
