@@ -77,8 +77,9 @@ def commit_mask(
     condition_mask: bool [N] or [B, N], True inside the condition region. Both None for a task
         without condition.
 
-    n = max(1, floor(N * cos(pi u / 2))) positions are selected: those of the n lowest scores (ties
-    by position, so always exactly n; the released code selects every position of a tied threshold).
+    n = max(1, floor(N * cos(pi u / 2))) positions are selected (the released code; the paper prints
+    ceil): those of the n lowest scores (ties by position, so always exactly n; the released code
+    selects every position of a tied threshold).
     u: uniform draws, one element (one ratio for the batch, as the released code does) or B elements
     (one a sample, as the paper's notation reads). ratio: the share itself in place of the cosine of
     a draw. scores: uniform [B, N]. What is not given is drawn from `generator`; `per_sample`
