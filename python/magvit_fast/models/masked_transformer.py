@@ -33,8 +33,8 @@ class MaskedTransformerConfig:
     num_subtokens, subtoken_size: G tables of V rows. v2: 2 x 512 (2**18 codes). v1: 1 x 1024.
     num_classes: rows for class labels. One more row, "unconditional", always follows them.
     prompts: names of task rows. Empty: a single-task model, its prefix is [class]; otherwise the
-        prefix is [task][class] (the paper's text has it for single-task models too: one name). A name is a task's own or the name it shares with others
-        (tasks.Task.prompt).
+        prefix is [task][class] (the paper's text has it for single-task models too: one name). A
+        name is a task's own or the name it shares with others (tasks.Task.prompt).
     condition_tokens: P > 0 puts the tokens of the condition region into the prefix, in place of
         interior conditions: [task][class][P condition tokens][SEP] (MAGVIT's ablation "prefix
         condition", and how an autoregressive model is conditioned). P is the region's size, 256
