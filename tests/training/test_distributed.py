@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.tiny import save_tokenizer
+from tests.training.tiny import FRAME_MODEL, save_tokenizer
 from tests.training.worker import work, work_in_fork
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +114,14 @@ def test_transformer_training_and_its_token_shards_agree(tmp_path):
         save_tokenizer(tmp_path / name / "tokenizer")
     alone("transformer", tmp_path / "one")
     fork("transformer", tmp_path / "two")
+    assert_transformers_agree(tmp_path)
+
+
+def test_maskvit_trains_alike(tmp_path):
+    for name in ("one", "two"):
+        save_tokenizer(tmp_path / name / "tokenizer", FRAME_MODEL)
+    alone("maskvit", tmp_path / "one")
+    fork("maskvit", tmp_path / "two")
     assert_transformers_agree(tmp_path)
 
 

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.tiny import FRAME_CLIPS as CLIPS
+from tests.training.tiny import FRAME_MODEL as FRAMES
+from tests.training.tiny import MASKVIT as SHAPE
 from tests.training.tiny import MODEL as V2
-from tests.training.tiny import SCENES, run, tokenizer_recipe, write_scene
+from tests.training.tiny import maskvit_recipe, save_tokenizer, tokenizer_recipe, write_scene
 
 from magvit_fast.data.order import Draw
 from magvit_fast.data.tokens import TokenClips
@@ -20,7 +23,6 @@ from magvit_fast.errors import FileFormatError
 from magvit_fast.models import (
     DiscriminatorConfig,
     FrameTokenizer,
-    FrameTokenizerConfig,
     MagvitV2Tokenizer,
     MaskViTConfig,
     MaskViTTransformer,
@@ -29,8 +31,6 @@ from magvit_fast.models import (
 from magvit_fast.training import MaskViTTraining, load_transformer_recipe, train_transformer
 from magvit_fast.training.config import (
     DataConfig,
-    OptimizerConfig,
-    RunConfig,
     TokensConfig,
     TransformerTraining,
 )
@@ -44,26 +44,14 @@ from magvit_fast.training.tokenizer_loop import (
     train_tokenizer,
 )
 
-FRAMES = FrameTokenizerConfig(
-    filters=8, channel_multipliers=(1, 2), num_res_blocks=1, norm_groups=4, codebook_size=16,
-    embedding_dim=4,
-)  # fmt: skip
-SHAPE = MaskViTConfig(
-    frames=4, grid=(4, 4), codebook_size=16, hidden_size=16, num_blocks=1, num_heads=2, mlp_size=32,
-    window=(2, 2),
-)  # fmt: skip
 JUDGE = DiscriminatorConfig(
     filters=4, channel_multipliers=(2, 2), pooling="average", frame_by_frame=True, clip=(1, 8, 8)
 )
-CLIPS = dataclasses.replace(SCENES, frames=4, size=8)  # -> 4 x 4 x 4 tokens
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer") / "model"
-    torch.manual_seed(0)
-    FrameTokenizer(FRAMES).save_pretrained(folder)
-    return folder
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "model", FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +98,6 @@ def test_the_tokenizer_trains_and_is_stored(tmp_path: Path) -> None:
     assert isinstance(load_tokenizer(result.output), FrameTokenizer)
 
 
-def recipe(output: Path, tokenizer: Path, **changes: Any) -> MaskViTTraining:
-    """Changes to fields of [run] go there, others to the recipe itself."""
-    names = {f.name for f in dataclasses.fields(RunConfig)}
-    of_run = {k: changes.pop(k) for k in list(changes) if k in names}
-    settings: dict[str, Any] = {
-        "data": CLIPS,
-        "tokens": TokensConfig(str(output / "tokens"), shard_size=3, batch_size=2),
-        "model": SHAPE,
-        "optimizer": OptimizerConfig(1e-2, (0.9, 0.999), warmup_steps=1, clip_norm=1.0),
-    }
-    return MaskViTTraining(
-        run=run(output, **of_run), tokenizer=str(tokenizer), **{**settings, **changes}
-    )
-
-
 def with_actions(robot: Path) -> DataConfig:
     return DataConfig(path=str(robot), frames=4, size=8, flip=False, actions=True)
 
@@ -137,7 +110,7 @@ def trainer(config: MaskViTTraining) -> MaskViTTrainer:
 
 def test_it_trains_is_stored_and_learns(tmp_path: Path, tokenizer: Path) -> None:
     data = dataclasses.replace(CLIPS, scenes=2)
-    config = recipe(tmp_path, tokenizer, steps=40, log_every=10, batch_size=2, data=data)
+    config = maskvit_recipe(tmp_path, tokenizer, steps=40, log_every=10, batch_size=2, data=data)
     result = train_transformer(config, progress=False)
     assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
     # one of four frames is given, and on average three quarters of the others are masked
@@ -152,7 +125,7 @@ def test_it_trains_is_stored_and_learns(tmp_path: Path, tokenizer: Path) -> None
 def test_given_frames_stay_and_the_ratio_is_drawn_for_each_video(
     tmp_path: Path, tokenizer: Path, goal: bool
 ) -> None:
-    config = recipe(tmp_path, tokenizer, steps=1, task=FutureConfig(1, goal))
+    config = maskvit_recipe(tmp_path, tokenizer, steps=1, task=FutureConfig(1, goal))
     train_transformer(config, progress=False)
     one = trainer(config)
     ids = torch.zeros(32, 4, 4, 4, dtype=torch.int64)
@@ -173,7 +146,9 @@ def test_given_frames_stay_and_the_ratio_is_drawn_for_each_video(
 
 
 def test_a_fixed_ratio_is_the_ablation(tmp_path: Path, tokenizer: Path) -> None:
-    config = recipe(tmp_path, tokenizer, steps=2, task=FutureConfig(mask_ratio=(0.75, 0.75)))
+    config = maskvit_recipe(
+        tmp_path, tokenizer, steps=2, task=FutureConfig(mask_ratio=(0.75, 0.75))
+    )
     result = train_transformer(config, progress=False)
     shares = [h["share_masked"] for h in result.history]
     assert shares == [pytest.approx(0.75 * 0.75)] * 2
@@ -183,7 +158,7 @@ def test_actions_reach_the_model_with_their_clips(
     tmp_path: Path, tokenizer: Path, robot: Path
 ) -> None:
     shape = dataclasses.replace(SHAPE, action_dim=3)
-    config = recipe(tmp_path, tokenizer, steps=2, data=with_actions(robot), model=shape)
+    config = maskvit_recipe(tmp_path, tokenizer, steps=2, data=with_actions(robot), model=shape)
     result = train_transformer(config, progress=False)
     tokens, clips = TokenClips(config.tokens.path), open_clips(config.data, 0)
     model = load_tokenizer(tokenizer)
@@ -195,7 +170,7 @@ def test_actions_reach_the_model_with_their_clips(
     start = trainer(config).model
     assert not torch.equal(trained.action_projection.weight, start.action_projection.weight)
     # the same tokens train a model without actions
-    plain = recipe(tmp_path / "plain", tokenizer, steps=1, data=with_actions(robot),
+    plain = maskvit_recipe(tmp_path / "plain", tokenizer, steps=1, data=with_actions(robot),
                    tokens=config.tokens)  # fmt: skip
     train_transformer(plain, progress=False)
     wide = dataclasses.replace(config, model=dataclasses.replace(shape, action_dim=5))
@@ -205,7 +180,7 @@ def test_actions_reach_the_model_with_their_clips(
 
 def test_tokens_without_actions_are_refused(tmp_path: Path, tokenizer: Path, robot: Path) -> None:
     data = dataclasses.replace(with_actions(robot), actions=False)
-    config = recipe(tmp_path, tokenizer, steps=1, data=data)
+    config = maskvit_recipe(tmp_path, tokenizer, steps=1, data=data)
     train_transformer(config, progress=False)
     acting = dataclasses.replace(
         config, data=with_actions(robot), model=dataclasses.replace(SHAPE, action_dim=3)
@@ -223,12 +198,16 @@ def test_resuming_continues_exactly(tmp_path: Path, tokenizer: Path) -> None:
         "model": dataclasses.replace(SHAPE, dropout=0.1),
         "tokens": TokensConfig(str(tmp_path / "tokens"), shard_size=3),
     }
-    straight = train_transformer(recipe(tmp_path / "a", tokenizer, **settings), progress=False)
+    straight = train_transformer(
+        maskvit_recipe(tmp_path / "a", tokenizer, **settings), progress=False
+    )
     shutil.copytree(
         tmp_path / "a/checkpoints/step-00000002", tmp_path / "b/checkpoints/step-00000002"
     )
     torch.manual_seed(99)
-    resumed = train_transformer(recipe(tmp_path / "b", tokenizer, **settings), progress=False)
+    resumed = train_transformer(
+        maskvit_recipe(tmp_path / "b", tokenizer, **settings), progress=False
+    )
     assert resumed.history == straight.history[2:]
     a = load_file(tmp_path / "a/transformer/model.safetensors")
     b = load_file(tmp_path / "b/transformer/model.safetensors")
@@ -236,7 +215,7 @@ def test_resuming_continues_exactly(tmp_path: Path, tokenizer: Path) -> None:
 
 
 def test_a_share_of_a_batch_is_masked_as_in_the_whole(tmp_path: Path, tokenizer: Path) -> None:
-    config = recipe(tmp_path, tokenizer, steps=1)
+    config = maskvit_recipe(tmp_path, tokenizer, steps=1)
     train_transformer(config, progress=False)
     one = trainer(config)
     ids = torch.zeros(4, 4, 4, 4, dtype=torch.int64)
@@ -251,7 +230,7 @@ def test_a_share_of_a_batch_is_masked_as_in_the_whole(tmp_path: Path, tokenizer:
 
 
 def test_mismatches_are_named(tmp_path: Path, tokenizer: Path, robot: Path) -> None:
-    config = recipe(tmp_path, tokenizer, steps=1)
+    config = maskvit_recipe(tmp_path, tokenizer, steps=1)
     train_transformer(config, progress=False)
     wrong = dataclasses.replace(config, model=dataclasses.replace(SHAPE, codebook_size=32))
     with pytest.raises(ValueError, match=r"model: expected grid \(4, 4, 4\) and 4 bits.* 5 bits"):

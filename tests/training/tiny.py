@@ -10,9 +10,13 @@ import torch
 
 from magvit_fast.data.synthetic import render_clip
 from magvit_fast.data.video import write_video
+from magvit_fast.models.autoencoder import AutoencoderConfig
 from magvit_fast.models.discriminator import DiscriminatorConfig
-from magvit_fast.models.magvit_v2 import MagvitV2Config, MagvitV2Tokenizer
+from magvit_fast.models.frame_tokenizer import FrameTokenizerConfig
+from magvit_fast.models.magvit_v2 import MagvitV2Config
 from magvit_fast.models.masked_transformer import MaskedTransformerConfig
+from magvit_fast.models.maskvit import MaskViTConfig
+from magvit_fast.models.tokenizers import new_tokenizer
 from magvit_fast.training.config import (
     DataConfig,
     OptimizerConfig,
@@ -22,6 +26,7 @@ from magvit_fast.training.config import (
     TokensConfig,
     TransformerTraining,
 )
+from magvit_fast.training.maskvit_config import MaskViTTraining
 
 SCENES = DataConfig(source="scenes", scenes=8, frames=5, size=16)
 MODEL = MagvitV2Config(
@@ -31,6 +36,17 @@ MODEL = MagvitV2Config(
     num_res_blocks=1,
     num_bits=6,
 )
+
+# MaskViT: clips of 4 x 8 x 8 pixels, 4 x 4 x 4 tokens
+FRAME_CLIPS = dataclasses.replace(SCENES, frames=4, size=8)
+FRAME_MODEL = FrameTokenizerConfig(
+    filters=8, channel_multipliers=(1, 2), num_res_blocks=1, norm_groups=4, codebook_size=16,
+    embedding_dim=4,
+)  # fmt: skip
+MASKVIT = MaskViTConfig(
+    frames=4, grid=(4, 4), codebook_size=16, hidden_size=16, num_blocks=1, num_heads=2, mlp_size=32,
+    window=(2, 2),
+)  # fmt: skip
 
 
 def run(output: Path, **changes: Any) -> RunConfig:
@@ -81,10 +97,25 @@ def transformer_recipe(output: Path, tokenizer: Path, **changes: Any) -> Transfo
     )
 
 
-def save_tokenizer(folder: Path) -> Path:
+def maskvit_recipe(output: Path, tokenizer: Path, **changes: Any) -> MaskViTTraining:
+    """Changes to fields of [run] go there, others to the recipe itself."""
+    names = {f.name for f in dataclasses.fields(RunConfig)}
+    of_run = {k: changes.pop(k) for k in list(changes) if k in names}
+    settings: dict[str, Any] = {
+        "data": FRAME_CLIPS,
+        "tokens": TokensConfig(str(output / "tokens"), shard_size=3, batch_size=2),
+        "model": MASKVIT,
+        "optimizer": OptimizerConfig(1e-2, (0.9, 0.999), warmup_steps=1, clip_norm=1.0),
+    }
+    return MaskViTTraining(
+        run=run(output, **of_run), tokenizer=str(tokenizer), **{**settings, **changes}
+    )
+
+
+def save_tokenizer(folder: Path, model: AutoencoderConfig = MODEL) -> Path:
     """A tokenizer with random weights."""
     torch.manual_seed(0)
-    MagvitV2Tokenizer(MODEL).save_pretrained(folder)
+    new_tokenizer(model).save_pretrained(folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.training.tiny import SCENES, tokenizer_recipe, transformer_recipe
+from tests.training.tiny import SCENES, maskvit_recipe, tokenizer_recipe, transformer_recipe
 
 from magvit_fast.training.config import OptimizerConfig
 from magvit_fast.training.run import new_accelerator
@@ -60,6 +60,12 @@ def transformer(folder: Path) -> None:
     """The tokenizer is in folder/tokenizer already."""
     recipe = transformer_recipe(folder, folder / "tokenizer", steps=4)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout=0.0))
+    write(folder, train_transformer(recipe, progress=False).history)
+
+
+def maskvit(folder: Path) -> None:
+    """Window attention, a mask ratio of its own for every video."""
+    recipe = maskvit_recipe(folder, folder / "tokenizer", steps=4)
     write(folder, train_transformer(recipe, progress=False).history)
 
 
@@ -110,7 +116,7 @@ def write(folder: Path, history: list[dict[str, float]]) -> None:
 
 def work(job: str, folder: str) -> None:
     torch.set_num_threads(1)
-    jobs = (gradients, tokenizer, transformer, multitask, sharded)
+    jobs = (gradients, tokenizer, transformer, maskvit, multitask, sharded)
     {one.__name__: one for one in jobs}[job](Path(folder))
 
 
