@@ -67,6 +67,53 @@ def group_norm_silu_backward(
     where: int,
     how: int,
 ) -> None: ...
+def depth_to_space3d_permute(
+    source: int,
+    result: int,
+    batch: int,
+    channels: int,
+    frames: int,
+    height: int,
+    width: int,
+    factor_t: int,
+    factor_h: int,
+    factor_w: int,
+    dropped: int,
+    element_bytes: int,
+    channels_last: bool,
+    to_depth: bool,
+    where: int,
+    how: int,
+) -> None: ...
+def blur_pool3d_filter(
+    source: int,
+    result: int,
+    batch: int,
+    channels: int,
+    axes: Sequence[int],
+    taps: int,
+    transpose: bool,
+    dtype: int,
+    where: int,
+    how: int,
+) -> None: ...
+def vq_nearest_workspace_bytes(codes: int, channels: int, where: int, how: int) -> int: ...
+def vq_nearest_search(
+    z: int,
+    codebook: int,
+    indices: int,
+    workspace: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    outer_stride: int,
+    channel_stride: int,
+    inner_stride: int,
+    codes: int,
+    dtype: int,
+    where: int,
+    how: int,
+) -> None: ...
 def lfq_quantize_forward(
     z: int,
     quantized: int,

@@ -1,16 +1,96 @@
+"""blur_pool3d: goldens, budgets at every instruction set, the transpose, doors."""
+
 from __future__ import annotations
 
+from typing import Any
+
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from benchmarks.problem_files import problems
+from hypothesis import given
 from tests.goldens import load_goldens
 
 import magvit_fast as mf
+from magvit_fast.testing.budgets import assert_within_budget
 
 GOLDEN = "magvit_v2/blur_pool"
 CASES = (
     "k3_even", "k3_odd", "k3_t1", "k3_1x1x1", "k3_2x2x2", "k4_even", "k4_odd", "k5_odd", "k2_even",
 )  # fmt: skip
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def check_values_and_gradients(problem: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    """Value, gradient and the gradient of that, against float64, within plain torch's error."""
+    layout = torch.contiguous_format if problem.get("contiguous") else torch.channels_last_3d
+    x = torch.randn(problem["size"], device=device).to(dtype).contiguous(memory_format=layout)
+    options = {
+        "stride": tuple(problem.get("stride", (2, 2, 2))),
+        "filter_size": problem.get("filter_size", 3),
+    }
+    found = []
+    for impl, source in (("native", x), ("reference", x), ("reference", x.double())):
+        leaf = source.detach().requires_grad_()
+        y = mf.blur_pool3d(leaf, impl=impl, **options)
+        generator = torch.Generator(device).manual_seed(1)
+        dy = torch.randn(y.shape, generator=generator, device=device).to(y.dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(y, leaf, dy, create_graph=True)
+        (ddy,) = torch.autograd.grad(dx, dy, source)
+        found.append((y, dx, ddy))
+    for name, *values in zip(("y", "dx", "ddy"), *found, strict=True):
+        assert_within_budget(*values, name=name)
+    assert found[0][0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("problem", problems("blur_pool3d", "test"), ids=lambda p: p["name"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients(problem: dict[str, Any], dtype: torch.dtype, isa_level: str) -> None:
+    check_values_and_gradients(problem, dtype, "cpu")
+
+
+@given(
+    size=st.tuples(*[st.integers(1, 6)] * 3),
+    stride=st.tuples(*[st.integers(1, 4)] * 3),
+    taps=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_forward_and_backward_are_transposes(
+    size: tuple[int, int, int], stride: tuple[int, int, int], taps: int, seed: int
+) -> None:
+    """<blur(x), dy> = <x, dx> on numbers whose sums are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-8, 8, (1, 2, *size), generator=generator).float().requires_grad_()
+    y = mf.blur_pool3d(x, stride, filter_size=taps, impl="native")
+    assert torch.equal(y, mf.blur_pool3d(x, stride, filter_size=taps, impl="reference"))
+    dy = torch.randint(-8, 8, y.shape, generator=generator).float()
+    (dx,) = torch.autograd.grad(y, x, dy)
+    along_y = (y.detach().double() * dy).sum()
+    assert float(along_y) == float((x.detach().double() * dx).sum())
+
+
+def test_threads_change_nothing() -> None:
+    x = torch.randn(1, 32, 5, 20, 16)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(mf.blur_pool3d(x, impl="native"))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+
+
+def test_opcheck() -> None:
+    x = torch.randn(1, 3, 3, 4, 5)
+    for value in (x, x.contiguous(memory_format=torch.channels_last_3d), x[:0]):
+        torch.library.opcheck(torch.ops.magvit_fast.blur_pool3d.default, (value, [2, 2, 2], 3))
+        torch.library.opcheck(
+            torch.ops.magvit_fast.blur_pool3d_backward.default,
+            (value, [value.shape[0], 3, 6, 7, 10], [2, 2, 2], 3),
+        )
 
 
 def channels_first(array: np.ndarray) -> torch.Tensor:
@@ -19,7 +99,9 @@ def channels_first(array: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_golden_values_and_gradients_are_exact(case: str, dtype: torch.dtype) -> None:
+def test_golden_values_and_gradients_are_exact(
+    case: str, dtype: torch.dtype, isa_level: str
+) -> None:
     golden = load_goldens(GOLDEN)
     x, y, dy, dx = (channels_first(golden[f"{case}/{k}"]).to(dtype) for k in ("x", "y", "dy", "dx"))
     size = int(golden[f"{case}/filter_size"])
@@ -71,8 +153,10 @@ def test_bad_input() -> None:
         mf.blur_pool3d(x, filter_size=0)
     with pytest.raises(ValueError, match="x: expected at least one channel, frame, row and column"):
         mf.blur_pool3d(x[:, :, :0])
-    with pytest.raises(NotImplementedError, match="blur_pool3d"):
-        mf.blur_pool3d(x, impl="native")
+    with pytest.raises(NotImplementedError, match=r"blur_pool3d.*filter_size 9"):
+        mf.blur_pool3d(x, filter_size=9, impl="native")
+    with pytest.raises(NotImplementedError, match=r"blur_pool3d.*float64"):
+        mf.blur_pool3d(x.double(), impl="native")
 
 
 @pytest.mark.cuda

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +44,23 @@ def block_of(x: Tensor, axis: int) -> Block | None:
 
 def without_axis(x: Tensor, axis: int) -> list[int]:
     return [n for a, n in enumerate(x.shape) if a != axis]
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a 5-D tensor lies channels-last, dense or with frames, rows or columns cut off."""
+    return x.stride(1) == 1 and x.stride(4) >= x.shape[1]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def empty_in_format(x: Tensor, size: Sequence[int], in_channels_last: bool) -> Tensor:
+    """Room for a 5-D result of x's dtype and device, dense in one of the two memory formats."""
+    layout = torch.channels_last_3d if in_channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def address(x: Tensor | None) -> int:
+    """What a kernel takes for a tensor; 0 for an absent one."""
+    return 0 if x is None else x.data_ptr()

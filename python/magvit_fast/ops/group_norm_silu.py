@@ -15,6 +15,7 @@ from torch import Tensor
 
 from magvit_fast import _native
 from magvit_fast.ops import _checks
+from magvit_fast.ops._layout import address, channels_last, empty_in_format, is_channels_last
 
 # --- contract ---------------------------------------------------------------------------------
 # x [B, C, T, H, W]; the C channels form `num_groups` groups of neighbors. Statistics (biased
@@ -114,12 +115,7 @@ _native.LIB.define(
 
 def _like(x: Tensor) -> Tensor:
     """Room for a result: dense, in x's memory format."""
-    layout = torch.channels_last_3d if _is_channels_last(x) else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(4) >= x.shape[1]
+    return empty_in_format(x, x.shape, is_channels_last(x))
 
 
 def _empty_stats(x: Tensor, settings: Settings) -> Tensor:
@@ -172,15 +168,7 @@ def _dense_map(value: Tensor | None, x: Tensor) -> Tensor | None:
     if value is None:
         return None
     value = value.to(x.dtype).expand(-1, x.shape[1], -1, -1, -1)
-    return value if value.stride(1) == 1 else _channels_last(value)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return value if value.stride(1) == 1 else channels_last(value)
 
 
 def _numbers(
@@ -195,7 +183,7 @@ def _numbers(
             repeats = value is None or value.shape[axis] == 1
             strides.append(0 if repeats or value is None else value.stride(axis))
     return [
-        *(_address(v) for v in (x, weight, bias, scale, shift)),
+        *(address(v) for v in (x, weight, bias, scale, shift)),
         b, t, h, w, c, settings.num_groups, *cell, _skipped(x, cell[0]), *strides,
         settings.per_frame, settings.silu, _native.dtype_code(x.dtype),
     ]  # fmt: skip
@@ -206,7 +194,7 @@ def _in_float32(value: Tensor | None) -> Tensor | None:
 
 
 def _in_format_of(x: Tensor, result: Tensor) -> Tensor:
-    return result if _is_channels_last(x) else _like(x).copy_(result)
+    return result if is_channels_last(x) else _like(x).copy_(result)
 
 
 def _launch(
@@ -215,7 +203,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     how = Settings(*settings)
     stats = _empty_stats(x, how)
-    source = _channels_last(x)
+    source = channels_last(x)
     y = _native.in_huge_pages(torch.empty_like(source))
     _native.trace("group_norm_silu", x=tuple(x.shape), dtype=x.dtype, device=x.device, settings=how)
     if x.numel():
@@ -240,7 +228,7 @@ def _launch_backward(
     scale: Tensor | None, shift: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     how = Settings(*settings)
-    source, upstream = _channels_last(x), _channels_last(dy.to(x.dtype))
+    source, upstream = channels_last(x), channels_last(dy.to(x.dtype))
     dx = _native.in_huge_pages(torch.empty_like(source))
     dweight, dbias = x.new_zeros((2, x.shape[1]), dtype=torch.float32).unbind()
     maps = [x.new_zeros(0 if v is None else v.shape) for v in (scale, shift)]

@@ -1,0 +1,65 @@
+// depth_to_space3d, one source per instruction set: rows of wide, copied from or to deep.
+// Previous hop: cpu.cpp.
+// Next hop: none.
+//
+// Channels-last: f_w * C adjacent elements are adjacent on both sides, copied as one run.
+// Channels-first: a row interleaves f_w rows of the other side.
+#include "common/simd.h"
+#include "depth_to_space3d/depth_to_space3d.h"
+
+namespace magvit_fast {
+namespace MF_ISA {
+namespace {
+
+void runs(const DepthToSpace3dParams& p, const DepthToSpace3dRow& row) {
+  const index_t size = p.element_bytes;
+  const auto bytes = static_cast<std::size_t>(p.factor[2] * p.channels * size);
+  const char* from = static_cast<const char*>(p.from);
+  char* to = static_cast<char*>(p.to);
+  for (index_t w = 0; w < p.width; ++w) {
+    const index_t deep = (row.deep + w * row.step) * size;
+    const index_t wide = (row.wide + w * p.factor[2] * p.channels) * size;
+    if (!p.to_depth)
+      std::memcpy(to + wide, from + deep, bytes);
+    else if (row.dropped)
+      std::memset(to + deep, 0, bytes);
+    else
+      std::memcpy(to + deep, from + wide, bytes);
+  }
+}
+
+template <class T>
+void interleave(const DepthToSpace3dParams& p, const DepthToSpace3dRow& row) {
+  const index_t factor = p.factor[2];
+  const T* from = static_cast<const T*>(p.from) + (p.to_depth ? row.wide : row.deep);
+  T* to = static_cast<T*>(p.to) + (p.to_depth ? row.deep : row.wide);
+  for (index_t k = 0; k < factor; ++k) {
+    if (!p.to_depth)
+      for (index_t w = 0; w < p.width; ++w) to[w * factor + k] = from[k * row.part + w];
+    else
+      for (index_t w = 0; w < p.width; ++w)
+        to[k * row.part + w] = row.dropped ? T{} : from[w * factor + k];
+  }
+}
+
+}  // namespace
+
+void depth_to_space3d_rows(const DepthToSpace3dParams& params, index_t begin, index_t end) {
+  for (index_t r = begin; r < end; ++r) {
+    const DepthToSpace3dRow row(params, r);
+    if (row.dropped && !params.to_depth) continue;
+    if (params.channels_last)
+      runs(params, row);
+    else if (params.element_bytes == 4)
+      interleave<std::uint32_t>(params, row);
+    else if (params.element_bytes == 2)
+      interleave<std::uint16_t>(params, row);
+    else if (params.element_bytes == 8)
+      interleave<std::uint64_t>(params, row);
+    else
+      interleave<std::uint8_t>(params, row);
+  }
+}
+
+}  // namespace MF_ISA
+}  // namespace magvit_fast
