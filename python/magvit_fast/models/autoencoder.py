@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from magvit_fast.nn.blocks import ResBlock3d
 from magvit_fast.nn.conv import SAME_PAD_MODES, SamePadMode
 from magvit_fast.nn.norm import MAX_GROUPS, group_count
 from magvit_fast.nn.quantize import LFQ, EntropyKind
+from magvit_fast.nn.recompute import checkpointed, norm_then
 from magvit_fast.nn.resample import AveragePool, NearestUpsample, Upsample, strided_conv
 from magvit_fast.nn.stream import StreamState
 from magvit_fast.nn.style import LayerStyle
@@ -285,8 +285,7 @@ class Encoder(nn.Module):
             x = _run(level, i in self.checkpointed, x, state)
         for block in self.mid_blocks:
             x = block(x, state)
-        out: Tensor = self.conv_out(self.norm_out(x), state)
-        return out
+        return norm_then(self.norm_out, self.conv_out, x, state)
 
 
 class Decoder(nn.Module):
@@ -313,11 +312,10 @@ class Decoder(nn.Module):
         for i, level in enumerate(self.levels):
             depth = len(self.levels) - 1 - i
             x = _run(level, depth in self.checkpointed, x, latent, state)
-        out: Tensor = self.conv_out(self.norm_out(x), state)
-        return out
+        return norm_then(self.norm_out, self.conv_out, x, state)
 
 
 def _run(level: nn.Module, recompute: bool, *args: Tensor | StreamState | None) -> Tensor:
     if recompute and torch.is_grad_enabled():
-        return checkpoint(level, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpointed(level, *args)
     return level(*args)  # type: ignore[no-any-return]

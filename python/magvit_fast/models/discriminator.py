@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -152,6 +153,7 @@ class Discriminator3D(PretrainedMixin, nn.Module):
                 f"video: expected [B, {', '.join(map(str, expected))}], got {tuple(video.shape)}"
             )
         slope = self.config.negative_slope
+        video = video.contiguous(memory_format=torch.channels_last_3d)
         x = F.leaky_relu(self.conv_in(video), slope)
         for block in self.blocks:
             x = block(x)

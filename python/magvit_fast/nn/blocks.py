@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from magvit_fast.nn.attention import SelfAttention
 from magvit_fast.nn.norm import MAX_GROUPS, GroupNormSiLU
+from magvit_fast.nn.recompute import norm_then
 from magvit_fast.nn.stream import StreamState
 from magvit_fast.nn.style import CAUSAL, LayerStyle
 
@@ -39,8 +40,8 @@ class ResBlock3d(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
-        y = self.conv1(self.norm1(x), state)
-        y = self.conv2(self.norm2(y), state)
+        y = norm_then(self.norm1, self.conv1, x, state)
+        y = norm_then(self.norm2, self.conv2, y, state)
         skip = x if self.shortcut is None else self.shortcut(x, state)
         out: Tensor = skip + y
         return out
