@@ -16,7 +16,12 @@ import magvit_fast as mf
 from magvit_fast.cli import generation_quality
 from magvit_fast.cli.clips import copy_last, iter_clips
 from magvit_fast.cli.generate import add_decoding_options, decoding_options
-from magvit_fast.cli.measures import add_network_options, load_networks, measure_rows
+from magvit_fast.cli.measures import (
+    add_network_options,
+    load_networks,
+    measure_rows,
+    named_networks,
+)
 from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import (
     Outcome,
@@ -141,6 +146,7 @@ def _reconstruction(
         "files": rows,
         "mean": _mean(rows),
         **{k: v for k, v in run.distances.results().items() if k != "samples"},
+        "networks": named_networks(args),
         "codebook_usage": codebook_usage(counts),
         "codebook_perplexity": codebook_perplexity(counts),
     }
@@ -214,7 +220,7 @@ class _Reconstruction:
         return {
             "file": str(path),
             "clips": len(found),
-            **scores.scores.mean(),
+            **scores.scores[0].mean(),
             **{name: sum(values) / len(values) for name, values in predicted.items()},
             "bits_per_pixel": bits_per_pixel(fixed_length_bits(ids.numel(), bits), *pixels),
             "bits_per_pixel_entropy_coded": bits_per_pixel(entropy_coded_bits(ids, bits), *pixels),

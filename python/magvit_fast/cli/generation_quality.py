@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import magvit_fast as mf
 from magvit_fast.cli.generate import decoding_options
-from magvit_fast.cli.measures import load_networks, measure_rows
+from magvit_fast.cli.measures import load_networks, measure_rows, named_networks
 from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import Processes, positive_int, table
 from magvit_fast.data.actions import read_actions
@@ -141,8 +141,9 @@ def measure_generation(
         "best_trial_counts_for": sorted(protocol.best),
         **job.options,
         **evaluation.results(),
-        "differs_from_protocol": _differences(args, job, generated, repeats),
+        "networks": named_networks(args),
     }
+    facts["differs_from_protocol"] = _differences(args, job, facts)
     return facts, _text(facts)
 
 
@@ -294,14 +295,14 @@ def _compared(video: Tensor, job: _Job) -> Tensor:
     return resize_bilinear(square, target, corners="half_pixel").clamp(0, 1)
 
 
-def _differences(args: argparse.Namespace, job: _Job, generated: int, repeats: int) -> list[str]:
+def _differences(args: argparse.Namespace, job: _Job, facts: Mapping[str, Any]) -> list[str]:
     """Where this run is not the published protocol; empty without one."""
     if args.protocol is None:
         return []
     published, geometry = get_protocol(args.protocol), job.geometry
     asked: dict[str, tuple[object, object]] = {
-        "samples a repeat": (published.generated, generated),
-        "repeats": (published.repeats, repeats),
+        "samples a repeat": (published.generated, facts["samples_per_repeat"]),
+        "repeats": (published.repeats, facts["repeats"]),
         "frames": (published.frames, job.protocol.frames),
         "pixels": (f"{published.size}x{published.size}", f"{geometry.height}x{geometry.width}"),
         "steps": (published.steps, job.options["steps"]),
@@ -310,6 +311,8 @@ def _differences(args: argparse.Namespace, job: _Job, generated: int, repeats: i
         "temperature": (1.0, job.options["temperature"]),
         "guidance": (0.0, job.options["guidance"]),
     }
+    if published.trials is not None and "trials_per_clip" in facts:
+        asked["trials a clip"] = (published.trials, min(facts["trials_per_clip"]))
     return [
         f"{name}: {got} in place of {wanted}"
         for name, (wanted, got) in asked.items()
@@ -328,7 +331,8 @@ def _text(facts: dict[str, Any]) -> str:
         **measure_rows(facts),
     }
     if facts["best_trial_counts_for"]:
-        rows["best trial"] = "counts for " + ", ".join(facts["best_trial_counts_for"])
+        most = facts["trials_per_clip"][1]
+        rows["best trial"] = f"of {most} counts for " + ", ".join(facts["best_trial_counts_for"])
     if facts["differs_from_protocol"]:
         rows["not as published"] = "; ".join(facts["differs_from_protocol"])
     return table(rows)

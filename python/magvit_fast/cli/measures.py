@@ -116,6 +116,17 @@ def _offset(path: str, device: torch.device) -> Tensor:
         ) from error
 
 
+def named_networks(args: argparse.Namespace) -> dict[str, str]:
+    """Measure -> the files of its network: a distance says nothing without them."""
+    files = {
+        "fvd": args.fvd_features,
+        "fid": args.fid_features,
+        "inception_score": args.is_features,
+        "lpips": " ".join(args.lpips) if args.lpips else None,
+    }
+    return {name: file for name, file in files.items() if file is not None}
+
+
 def measure_rows(found: Mapping[str, Any]) -> dict[str, str]:
     """Results of metrics.Evaluation for people: name -> value, with the spread where there is one."""
     rows = {}
@@ -126,5 +137,7 @@ def measure_rows(found: Mapping[str, Any]) -> dict[str, str]:
         if f"{name}_std" in found:
             count = len(found[f"{name}_folds"])
             value += f" ± {found[f'{name}_std']:.2g} over {count} repeats"
+        if name in found.get("networks", {}):
+            value += f"  ({found['networks'][name]})"
         rows[label] = value
     return rows

@@ -58,7 +58,7 @@ class Evaluation:
         if folds < 1:
             raise ValueError(f"folds: expected at least 1, got {folds}")
         self.networks = networks
-        self.scores = TrialScores(best)
+        self.scores = [TrialScores(best) for _ in range(folds)]  # the best trial is one of its fold
         self._moments: dict[tuple[str, str, int], FeatureMoments] = {}
         self._classes: dict[int, ClassStatistics] = {}
         self._folds = folds
@@ -97,7 +97,7 @@ class Evaluation:
         if count and not 0 <= min(folds) <= max(folds) < self._folds:
             raise ValueError(f"folds: expected 0 to {self._folds - 1}, got {folds}")
         if paired:
-            self._compare(generated, real, clips)
+            self._compare(generated, real, clips, folds)
         for name, features in (("fvd", self.networks.fvd), ("fid", self.networks.fid)):
             if features is not None:
                 self._take(name, "generated", features, generated, folds)
@@ -120,7 +120,7 @@ class Evaluation:
             moments = self._moments.setdefault((name, side, fold), FeatureMoments())
             moments.update(rows.cpu()[owner == fold])
 
-    def _compare(self, generated: Tensor, real: Tensor, clips: list[int]) -> None:
+    def _compare(self, generated: Tensor, real: Tensor, clips: list[int], folds: list[int]) -> None:
         measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr}
         least = min(generated.shape[3:])
         if least >= WINDOW:
@@ -130,14 +130,14 @@ class Evaluation:
         if self.networks.lpips is not None:
             measures["lpips"] = self.networks.lpips
         found = {name: measure(generated, real).tolist() for name, measure in measures.items()}
-        for i, clip in enumerate(clips):
-            self.scores.add(clip, {name: values[i] for name, values in found.items()})
+        for i, (clip, fold) in enumerate(zip(clips, folds, strict=True)):
+            self.scores[fold].add(clip, {name: values[i] for name, values in found.items()})
 
     def results(self) -> dict[str, Any]:
         """Every measure that something is known of (a collective call; the same on each process).
 
-        "samples", the image metrics by name, and for "fvd", "fid", "inception_score" the mean over
-        folds under that name, with "..._std" and "..._folds" when there are several.
+        "samples", "trials_per_clip" (fewest, most of a fold), and for each measure the mean over
+        folds under its name, with "..._std" and "..._folds" when there are several.
 
         Raises ValueError when a fold has fewer than two samples on a side.
         """
@@ -150,7 +150,13 @@ class Evaluation:
             for fold, statistics in their_classes.items():
                 classes.setdefault(fold, ClassStatistics()).merge(statistics)
         found: dict[str, Any] = {"samples": sum(part[0] for part in parts)}
-        found |= self.scores.gathered().mean()
+        scores = [fold for fold in (part.gathered() for part in self.scores) if fold.trials[1]]
+        if scores:
+            counts = [fold.trials for fold in scores]
+            found["trials_per_clip"] = [min(few for few, _ in counts), max(c for _, c in counts)]
+            means = [fold.mean() for fold in scores]
+            for name in means[0]:
+                found |= _stated(name, [mean[name] for mean in means])
         for name in ("fvd", "fid"):
             seen = sorted({fold for metric, _, fold in moments if metric == name})
             found |= _stated(name, [_distance(moments, name, fold) for fold in seen])
