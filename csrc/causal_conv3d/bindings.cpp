@@ -13,8 +13,8 @@ namespace {
 
 using Address = std::uintptr_t;
 // batch, in_channels, out_channels, groups, history_frames, frames, dtype, then for each of time,
-// height and width: source, out, kernel, stride, dilation, front, mode.
-using Numbers = std::array<index_t, 28>;
+// height and width: source, out, kernel, stride, dilation, front, mode; last: strict.
+using Numbers = std::array<index_t, 29>;
 
 AxisMap make_axis(const index_t* n) {
   return {n[0], n[1], n[2], n[3], n[4], n[5], static_cast<PadMode>(n[6])};
@@ -30,7 +30,8 @@ Conv3dShape make_shape(const Numbers& n) {
           make_axis(&n[7]),
           make_axis(&n[14]),
           make_axis(&n[21]),
-          static_cast<DType>(n[6])};
+          static_cast<DType>(n[6]),
+          n[28] != 0};
 }
 
 const void* in(Address a) { return reinterpret_cast<const void*>(a); }

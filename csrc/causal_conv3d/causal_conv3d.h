@@ -28,6 +28,7 @@ struct Conv3dShape {
   index_t frames;          // frames of x; t.source = history_frames + frames
   AxisMap t, h, w;         // t.front is what the history leaves to be padded
   DType dtype;
+  bool strict;  // float32: errors no larger than those of the direct sum
 };
 
 // A tensor along the source time axis: `history` [N, history_frames, H, W, C] and then `x`

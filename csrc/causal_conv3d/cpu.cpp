@@ -2,10 +2,14 @@
 // Previous hop: bindings.cpp.
 // Next hop: gather.simd.cpp, after cpu_tables.cpp and cpu_pack.cpp; cpu_weight_grad.cpp.
 #include <cstring>
+#include <utility>
 
 #include "causal_conv3d/causal_conv3d.h"
 #include "causal_conv3d/cpu_pack.h"
+#include "causal_conv3d/cpu_sides.h"
 #include "causal_conv3d/cpu_tables.h"
+#include "causal_conv3d/cpu_winograd.h"
+#include "causal_conv3d/cpu_winograd_plan.h"
 #include "causal_conv3d/gather.h"
 #include "causal_conv3d/workspace.h"
 #include "common/check.h"
@@ -13,29 +17,6 @@
 
 namespace magvit_fast::cpu {
 namespace {
-
-struct Tensors {  // by their part in the gathering; null while measuring
-  const void* early_source;
-  const void* late_source;
-  const void* weight;
-  const void* bias;
-  void* early_target;
-  void* late_target;
-};
-
-SplitTensor source_side(const Conv3dShape& s, const void* history, const void* x) {
-  return {const_cast<void*>(history),
-          const_cast<void*>(x),
-          s.history_frames,
-          s.frames,
-          s.h.source,
-          s.w.source,
-          s.in_channels};
-}
-
-SplitTensor output_side(const Conv3dShape& s, const void* y) {
-  return {nullptr, const_cast<void*>(y), 0, s.t.out, s.h.out, s.w.out, s.out_channels};
-}
 
 index_t elements(const SplitTensor& t, index_t batch, bool early) {
   return batch * (early ? t.early_frames : t.late_frames) * t.height * t.width * t.channels;
@@ -57,7 +38,6 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   Plan plan;
   const bool forward = direction == Direction::forward;
   const index_t in_group = s.in_channels / s.groups, out_group = s.out_channels / s.groups;
-  const index_t taps = s.t.kernel * s.h.kernel * s.w.kernel;
   GatherParams& p = plan.params;
   p.groups = s.groups;
   p.reduce = forward ? in_group : out_group;
@@ -75,29 +55,12 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   const bool bf16 = s.dtype == DType::bf16 && multiplies_bf16(isa);  // products in hardware
   p.source_type = bf16 ? DType::bf16 : DType::f32;
   p.narrow = p.produce <= kNarrow && p.reduce >= 8 && p.reduce <= kNarrowReduce;
-  const index_t reduce_stride = forward ? taps : in_group * taps;
-  const index_t produce_stride = forward ? in_group * taps : taps;
+  plan.weight = weight_view(s, direction, tensors.weight);
   if (p.narrow) {  // [taps][produce][reduce]: vectors run along the sum
-    plan.weight = {tensors.weight,
-                   s.dtype,
-                   s.groups,
-                   p.produce,
-                   p.reduce,
-                   taps,
-                   out_group * in_group * taps,
-                   produce_stride,
-                   reduce_stride};
+    std::swap(plan.weight.reduce, plan.weight.columns);
+    std::swap(plan.weight.reduce_stride, plan.weight.column_stride);
     plan.layout = {kNarrowReduce, narrow_lanes(isa, bf16), false, p.source_type};
   } else {
-    plan.weight = {tensors.weight,
-                   s.dtype,
-                   s.groups,
-                   p.reduce,
-                   p.produce,
-                   taps,
-                   out_group * in_group * taps,
-                   reduce_stride,
-                   produce_stride};
     plan.layout = {gather_columns(isa), gather_lanes(isa), bf16, p.source_type};
   }
   plan.packed = workspace.take<char>(packed_size(plan.weight, plan.layout) * (bf16 ? 2 : 4));
@@ -142,8 +105,14 @@ struct Blocks {
   }
 };
 
+bool by_winograd(const Conv3dShape& s, Direction direction, int isa) {
+  const bool forward = direction == Direction::forward;
+  return winograd_serves(s, forward ? ConvOp::forward : ConvOp::input_grad, isa);
+}
+
 void run(const Conv3dShape& s, Direction direction, const Tensors& tensors, void* memory,
          const ExecContext& ctx) {
+  if (by_winograd(s, direction, ctx.isa)) return winograd_run(s, direction, tensors, memory, ctx);
   Workspace workspace(memory);
   Plan plan = make_plan(s, direction, tensors, ctx.isa, workspace);
   prepare(plan, s, ctx);
@@ -176,20 +145,21 @@ void run(const Conv3dShape& s, Direction direction, const Tensors& tensors, void
   });
 }
 
-std::size_t measure(const Conv3dShape& s, Direction direction, int isa) {
+std::size_t measure(const Conv3dShape& s, Direction direction, const ExecContext& ctx) {
+  if (by_winograd(s, direction, ctx.isa)) return winograd_workspace(s, direction, ctx);
   Workspace workspace(nullptr);
-  make_plan(s, direction, {}, isa, workspace);
+  make_plan(s, direction, {}, ctx.isa, workspace);
   return workspace.bytes();
 }
 
 }  // namespace
 
 std::size_t causal_conv3d_forward_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
-  return measure(shape, Direction::forward, ctx.isa);
+  return measure(shape, Direction::forward, ctx);
 }
 
 std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
-  return measure(shape, Direction::input_grad, ctx.isa);
+  return measure(shape, Direction::input_grad, ctx);
 }
 
 void causal_conv3d_forward(const Conv3dForwardParams& p, const ExecContext& ctx) {

@@ -28,7 +28,11 @@ template <class From, class To>
 class Packer {
  public:
   Packer(const WeightView& w, const PackLayout& layout, To* packed)
-      : w_(w), packed_(packed), block_(layout.block), unit_(layout.pairs ? 2 : 1) {
+      : w_(w),
+        packed_(packed),
+        taps_inside_(layout.taps_inside),
+        block_(layout.block),
+        unit_(layout.pairs ? 2 : 1) {
     const index_t block = layout.block;
     padded_ = round_up(w.columns, layout.lanes);
     rows_ = ceil_div(w.reduce, unit_);
@@ -66,16 +70,19 @@ class Packer {
     To* block = packed_ + (group * padded_ + first) * w_.taps * rows_ * unit_;
     for (index_t r = 0; r < rows; ++r)
       for (index_t tap = 0; tap < taps; ++tap)
-        std::memcpy(block + ((tap0 + tap) * rows_ + row0 + r) * width,
-                    buffer + (r * taps + tap) * width,
+        std::memcpy(block + place(tap0 + tap, row0 + r) * width, buffer + (r * taps + tap) * width,
                     sizeof(To) * static_cast<std::size_t>(width));
   }
 
  private:
+  index_t place(index_t tap, index_t row) const {
+    return taps_inside_ ? row * w_.taps + tap : tap * rows_ + row;
+  }
   static index_t least(index_t a, index_t b) { return a < b ? a : b; }
 
   const WeightView& w_;
   To* packed_;
+  bool taps_inside_;
   index_t block_, unit_;  // unit: channels side by side in a packed row
   index_t padded_, rows_, tap_step_, row_step_, blocks_, row_chunks_, tap_chunks_;
 };

@@ -17,11 +17,13 @@ struct WeightView {
 };
 
 // [groups][block of columns][taps][reduce][columns], the last block only as wide as whole `lanes`
-// need; with `pairs` two neighbors of `reduce` stand side by side: [reduce / 2][columns][2].
+// need; with `taps_inside` [groups][block of columns][reduce][taps][columns]; with `pairs` two
+// neighbors of `reduce` stand side by side: [reduce / 2][columns][2].
 struct PackLayout {
   index_t block, lanes;
   bool pairs;
   DType type;  // float32, or bfloat16 from bfloat16 weights
+  bool taps_inside = false;
 };
 
 // Elements of the packed form, zeros of the padding included.

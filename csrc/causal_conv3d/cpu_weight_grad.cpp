@@ -5,6 +5,9 @@
 // An item sums over all pixels in a fixed order, whatever the cutting: results do not depend on
 // threads.
 #include "causal_conv3d/causal_conv3d.h"
+#include "causal_conv3d/cpu_sides.h"
+#include "causal_conv3d/cpu_winograd.h"
+#include "causal_conv3d/cpu_winograd_plan.h"
 #include "causal_conv3d/weight_grad.h"
 #include "causal_conv3d/workspace.h"
 #include "common/check.h"
@@ -75,6 +78,8 @@ void fill(const AxisMap& axis, index_t step, std::int32_t* table) {
 }  // namespace
 
 std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
+  if (winograd_serves(shape, ConvOp::weight_grad, ctx.isa))
+    return winograd_weight_grad_workspace(shape, ctx);
   Workspace workspace(nullptr);
   take_tables(shape, workspace);
   workspace.take<float>(thread_floats(cut(shape, ctx), ctx.isa) * ctx.num_threads);
@@ -83,6 +88,7 @@ std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const 
 
 void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
   const Conv3dShape& s = p.shape;
+  if (winograd_serves(s, ConvOp::weight_grad, ctx.isa)) return winograd_weight_grad(p, ctx);
   check(s.w.source * s.in_channels < (index_t{1} << 31),
         "causal_conv3d: a row of x has more than 2^31 elements");
   const Cut c = cut(s, ctx);
@@ -95,14 +101,8 @@ void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContex
   fill(s.w, s.in_channels, tables.w);
 
   WeightGradParams w{};
-  w.source = {const_cast<void*>(p.history),
-              const_cast<void*>(p.x),
-              s.history_frames,
-              s.frames,
-              s.h.source,
-              s.w.source,
-              s.in_channels};
-  w.output = {nullptr, const_cast<void*>(p.dy), 0, s.t.out, s.h.out, s.w.out, s.out_channels};
+  w.source = source_side(s, p.history, p.x);
+  w.output = output_side(s, p.dy);
   w.dweight = p.dweight;
   w.batch = s.batch, w.groups = s.groups;
   w.in_group = s.in_channels / s.groups, w.out_group = s.out_channels / s.groups;

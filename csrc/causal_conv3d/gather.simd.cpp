@@ -30,22 +30,15 @@
 // loop.
 #include "causal_conv3d/gather.h"
 
+#include "causal_conv3d/tile.h"
 #include "common/simd.h"
 
 namespace magvit_fast {
 namespace MF_ISA {
 namespace {
 
-// Register tiles are arrays; only fully unrolled loops let the compiler keep them in registers.
-#define MF_UNROLL _Pragma("GCC unroll 8")
-
-#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
-constexpr int kVectors = 4;
-#else
-constexpr int kVectors = 2;
-#endif
-constexpr index_t kPanelBytes = 256 * 1024;  // a piece of the weights that stays in the L2 cache
 constexpr index_t kChain = 128;              // products that are added up before they join the sums
+constexpr index_t kPanelBytes = 256 * 1024;  // a piece of the weights that stays in the L2 cache
 // Products of bfloat16 need no such care: the rounding of the result is far coarser.
 template <class T>
 constexpr bool kChained = false;
@@ -69,23 +62,6 @@ struct Tile {
   const void* zeros;
   index_t reduce;
 };
-
-// sums[i][:] (+)= sum over k of a[i][k] * b[k][:], for one tap.
-template <int MR, int NV>
-inline __attribute__((always_inline)) void multiply(vf (&acc)[MR][NV], const float* const (&a)[MR],
-                                                    const float* b, index_t reduce) {
-  for (index_t k = 0; k < reduce; ++k, b += NV * kLanes) {
-    vf column[NV];
-    MF_UNROLL
-    for (int j = 0; j < NV; ++j) column[j] = load(b + j * kLanes);
-    MF_UNROLL
-    for (int i = 0; i < MR; ++i) {
-      const vf pixel = splat(a[i][k]);
-      MF_UNROLL
-      for (int j = 0; j < NV; ++j) acc[i][j] += pixel * column[j];
-    }
-  }
-}
 
 index_t packed_rows(index_t reduce, const float*) { return reduce; }
 
@@ -121,20 +97,6 @@ inline __attribute__((always_inline)) void multiply(vf (&acc)[MR][NV], const bf1
 
 index_t packed_rows(index_t reduce, const bf16_t*) { return round_up(reduce, index_t{2}); }
 #endif
-
-// sums (+)= acc, and acc starts anew: short chains of additions keep float32 as exact as it can be.
-template <int MR, int NV>
-inline __attribute__((always_inline)) void flush(vf (&acc)[MR][NV], float* sums, bool accumulate) {
-  MF_UNROLL
-  for (int i = 0; i < MR; ++i) {
-    MF_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      float* to = sums + (i * NV + j) * kLanes;
-      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
-      acc[i][j] = vf{};
-    }
-  }
-}
 
 template <class T, int MR, int NV>
 void run_tile(const Tile& tile) {
@@ -314,14 +276,6 @@ TileFunction pick_tile(int vectors, int pixels) {
     return vectors == 3 ? pick_pixels<T, 3, kIsNarrow>(pixels)
                         : pick_pixels<T, 4, kIsNarrow>(pixels);
   return nullptr;
-}
-
-template <class T>
-T* row_of(const SplitTensor& s, index_t n, index_t t, index_t h) {
-  const index_t row = s.width * s.channels, frame = s.height * row;
-  if (t < s.early_frames)
-    return static_cast<T*>(s.early) + (n * s.early_frames + t) * frame + h * row;
-  return static_cast<T*>(s.late) + (n * s.late_frames + t - s.early_frames) * frame + h * row;
 }
 
 // The pixels' sums plus bias, rounded to the target's type.

@@ -17,20 +17,13 @@
 // What is left: for images (3 channels) the packing, tap by tap, costs more than the products.
 #include "causal_conv3d/weight_grad.h"
 
+#include "causal_conv3d/tile.h"
 #include "common/simd.h"
 
 namespace magvit_fast {
 namespace MF_ISA {
 namespace {
 
-// Register tiles are arrays; only fully unrolled loops let the compiler keep them in registers.
-#define MF_UNROLL _Pragma("GCC unroll 8")
-
-#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
-constexpr int kVectors = 4;
-#else
-constexpr int kVectors = 2;
-#endif
 constexpr int kScalars = 6;  // register tile: 6 scalar channels x kVectors vectors
 
 // --- packing: pixels in the order in which the products read them
@@ -186,13 +179,6 @@ void add_products(const Operands<P>& o, int vectors, index_t scalars, float* sum
 // --- one item
 // ---------------------------------------------------------------------------------------
 
-template <class T>
-const T* frame_of(const SplitTensor& s, index_t n, index_t t) {
-  const index_t frame = s.height * s.width * s.channels;
-  if (t < s.early_frames) return static_cast<const T*>(s.early) + (n * s.early_frames + t) * frame;
-  return static_cast<const T*>(s.late) + (n * s.late_frames + t - s.early_frames) * frame;
-}
-
 template <class T, class P>
 class Item {
  public:
@@ -258,7 +244,7 @@ class Item {
     const T* pixels[kGradPixels];
     const index_t count = (h1 - h0) * (w1 - w0), taps = item_.tap_end - item_.tap_begin;
     const index_t channel = p_.vector_is_output ? item_.vector_begin : item_.scalar_begin;
-    const T* out = frame_of<T>(p_.output, n, t) + item_.group * p_.out_group + channel;
+    const T* out = row_of<const T>(p_.output, n, t, 0) + item_.group * p_.out_group + channel;
     index_t i = 0;
     for (index_t h = h0; h < h1; ++h)
       for (index_t w = w0; w < w1; ++w)
@@ -288,8 +274,8 @@ class Item {
     const index_t kt = tap / p_.kernel_w / p_.kernel_h;
     const std::int32_t frame = p_.t_source[kt * p_.output.late_frames + t];
     const index_t channel = p_.vector_is_output ? item_.scalar_begin : item_.vector_begin;
-    const T* in =
-        frame_of<T>(p_.source, n, frame < 0 ? 0 : frame) + item_.group * p_.in_group + channel;
+    const T* in = row_of<const T>(p_.source, n, frame < 0 ? 0 : frame, 0) +
+                  item_.group * p_.in_group + channel;
     const std::int32_t* columns = p_.w_source + kw * p_.output.width;
     bool any = false;
     for (index_t h = h0; h < h1; ++h) {

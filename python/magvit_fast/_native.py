@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -182,6 +183,24 @@ def in_huge_pages(x: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and x.nbytes >= HUGE_PAGES_FROM:
         core().advise_huge_pages(x.data_ptr(), x.nbytes)
     return x
+
+
+# Fresh memory costs page faults at every call; so each thread keeps its last workspace, if it is not
+# too large.
+_KEPT_BYTES = 64 << 20
+_kept = threading.local()
+
+
+def workspace(size: int, device: torch.device) -> torch.Tensor:
+    """`size` bytes of any contents, for one native call of this thread that ends before the next one."""
+    if device.type != "cpu" or size > _KEPT_BYTES:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    held: torch.Tensor | None = getattr(_kept, "workspace", None)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):
+            held = in_huge_pages(torch.empty(size, dtype=torch.uint8))
+        _kept.workspace = held
+    return held
 
 
 def finish(device: torch.device) -> None:

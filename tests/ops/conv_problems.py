@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,18 @@ except ModuleNotFoundError:  # Python 3.10
 FILE = Path(__file__).parents[2] / "benchmarks" / "problems" / "causal_conv3d.toml"
 PROBLEMS = [p for p in tomllib.loads(FILE.read_text())["problem"] if p.get("test")]
 OPTIONS = ("stride", "dilation", "groups", "padding", "time_mode", "space_mode")
+
+
+@contextlib.contextmanager
+def fp32_precision(convolutions: str, matmuls: str = "none") -> Iterator[None]:
+    """torch's float32 settings inside the block: "ieee" is strict, "none" not said."""
+    backend: Any = torch.backends.mkldnn
+    before = backend.conv.fp32_precision, backend.matmul.fp32_precision
+    backend.conv.fp32_precision, backend.matmul.fp32_precision = convolutions, matmuls
+    try:
+        yield
+    finally:
+        backend.conv.fp32_precision, backend.matmul.fp32_precision = before
 
 
 @dataclasses.dataclass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 from tests.goldens import load_goldens
-from tests.ops.conv_problems import PROBLEMS, Problem, make, value_and_grads
+from tests.ops.conv_problems import PROBLEMS, Problem, fp32_precision, make, value_and_grads
 from torch import Tensor
 
 from magvit_fast import _native, ops
@@ -15,6 +17,13 @@ from magvit_fast.testing.budgets import assert_equal, assert_within_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GOLDENS = "magvit_v2/causal_conv"
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Iterator[None]:
+    """test_causal_conv3d_winograd.py holds the default setting."""
+    with fp32_precision("ieee"):
+        yield
 
 
 def _check(problem: Problem, dtype: torch.dtype) -> None:

@@ -1,0 +1,54 @@
+// causal_conv3d on the CPU: the tensors of an op by their part in it, source or target.
+// Previous hop: cpu.cpp, cpu_winograd.cpp, cpu_weight_grad.cpp.
+// Next hop: none.
+#pragma once
+
+#include "causal_conv3d/causal_conv3d.h"
+#include "causal_conv3d/cpu_pack.h"
+#include "causal_conv3d/cpu_tables.h"
+#include "causal_conv3d/gather.h"
+
+namespace magvit_fast::cpu {
+
+struct Tensors {  // null while measuring
+  const void* early_source;
+  const void* late_source;
+  const void* weight;
+  const void* bias;
+  void* early_target;
+  void* late_target;
+};
+
+// The side of x and its history.
+inline SplitTensor source_side(const Conv3dShape& s, const void* history, const void* x) {
+  return {const_cast<void*>(history),
+          const_cast<void*>(x),
+          s.history_frames,
+          s.frames,
+          s.h.source,
+          s.w.source,
+          s.in_channels};
+}
+
+// The side of y.
+inline SplitTensor output_side(const Conv3dShape& s, const void* y) {
+  return {nullptr, const_cast<void*>(y), 0, s.t.out, s.h.out, s.w.out, s.out_channels};
+}
+
+// The weights as the matrices [reduce][columns] of the taps.
+inline WeightView weight_view(const Conv3dShape& s, Direction direction, const void* weight) {
+  const bool forward = direction == Direction::forward;
+  const index_t in_group = s.in_channels / s.groups, out_group = s.out_channels / s.groups;
+  const index_t taps = s.t.kernel * s.h.kernel * s.w.kernel;
+  return {weight,
+          s.dtype,
+          s.groups,
+          forward ? in_group : out_group,
+          forward ? out_group : in_group,
+          taps,
+          out_group * in_group * taps,
+          forward ? taps : in_group * taps,
+          forward ? in_group * taps : taps};
+}
+
+}  // namespace magvit_fast::cpu
