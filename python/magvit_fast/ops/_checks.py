@@ -135,3 +135,13 @@ def unravel(position: int, shape: torch.Size) -> tuple[int, ...]:
         index.append(position % n)
         position //= n
     return tuple(reversed(index))
+
+
+def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The floating tensors among them in autocast's dtype; whatever else came is left to the checks."""
+    tensors = (x, *others)
+    if not isinstance(x, Tensor) or (dtype := autocast_dtype(x)) is None:
+        return tensors
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+    )

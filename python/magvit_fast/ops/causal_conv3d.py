@@ -354,16 +354,6 @@ def _input_grad(
 
 
 # --- public -----------------------------------------------------------------------------------
-def _under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The floating tensors among them in autocast's dtype; whatever else came is left to the checks."""
-    tensors = (x, *others)
-    if not isinstance(x, Tensor) or (dtype := _checks.autocast_dtype(x)) is None:
-        return tensors
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
-    )
-
-
 def _check_padding(padding: Sequence[int] | None) -> None:
     if padding is None:
         return
@@ -489,7 +479,7 @@ def causal_conv3d(
     """
     _checks.check_choice("time_mode", time_mode, PAD_MODES)
     _checks.check_choice("space_mode", space_mode, PAD_MODES)
-    x, weight, bias, history = _under_autocast(x, weight, bias, history)
+    x, weight, bias, history = _checks.under_autocast(x, weight, bias, history)
     _check_operands(x, weight, bias, history, groups)
     steps = _checks.triple("stride", stride)
     spread = _checks.triple("dilation", dilation)
