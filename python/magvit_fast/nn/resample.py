@@ -50,7 +50,18 @@ def average_pool(x: Tensor, factor: tuple[int, int, int]) -> Tensor:
     """Means over windows of `factor` cells (t, h, w); sizes round up, cells beyond do not count."""
     # a window longer than its axis is refused by torch and would count the same cells
     t, h, w = (min(k, n) for k, n in zip(factor, x.shape[2:], strict=True))
-    return F.avg_pool3d(x, (t, h, w), ceil_mode=True, count_include_pad=False)
+    if x.stride(1) != 1:
+        return F.avg_pool3d(x, (t, h, w), ceil_mode=True, count_include_pad=False)
+    # PyTorch pools channels-last images as they lie, but clips only after copies there and back.
+    batch, frames = x.shape[0], x.shape[2]
+    images = x.transpose(1, 2).flatten(0, 1)
+    y = F.avg_pool2d(images, (h, w), ceil_mode=True, count_include_pad=False)
+    y = y.permute(0, 2, 3, 1).unflatten(0, (batch, frames))  # [B, T, H', W', C], dense
+    if t > 1:
+        whole = frames // t * t
+        slots = y[:, :whole].unflatten(1, (whole // t, t)).mean(2)
+        y = torch.cat([slots, y[:, whole:].mean(1, keepdim=True)], 1) if whole < frames else slots
+    return y.permute(0, 4, 1, 2, 3)
 
 
 class AveragePool(nn.Module):
