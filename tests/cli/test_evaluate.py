@@ -203,6 +203,19 @@ def test_a_protocol_with_repeats_and_best_of_trials(
     assert network in text
 
 
+def test_a_papers_settings_go_before_those_of_the_protocol(
+    cli: Callable, models: Any, folder: Path
+) -> None:
+    words = ("evaluate", folder, *models.both, "--protocol", "bair-debiased", "--steps", "2")
+    few = ("--generated", "4", "--repeats", "1", "--settings", "magvit-v2-image-256-guided")
+    result = cli(*words, *few, "--json")
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    assert (facts["steps"], facts["choice_temperature"]) == (2, 15.0)
+    assert facts["guidance"]["scale"] > 0  # a schedule of guidance, spelled out
+    assert any(line.startswith("guidance: ") for line in facts["differs_from_protocol"])
+
+
 def test_classes_are_those_of_the_real_clips(
     cli: Callable, models: Any, folder: Path, network: str
 ) -> None:

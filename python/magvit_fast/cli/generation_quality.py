@@ -169,7 +169,7 @@ def _job(
     protocol = _protocol(args, geometry)
     task = _task(args, protocol)
     options = decoding_options(args)
-    if args.protocol is not None:
+    if args.protocol is not None and args.settings is None:
         settings = {
             "steps": protocol.steps,
             "schedule": protocol.schedule,
