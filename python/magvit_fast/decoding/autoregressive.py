@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magvit_fast.decoding.masked import cut_noise
+from magvit_fast.decoding.masked import check_sampling, cut_noise
 from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
 from magvit_fast.nn.embedding import pack_subtokens
-from magvit_fast.ops._checks import check_int, check_number
 from magvit_fast.ops.confidence_remask import VALUE_STREAM, gumbel
 
 
@@ -34,16 +33,7 @@ class AutoregressiveDecoding:
     cached: bool = True
 
     def __post_init__(self) -> None:
-        check_int("seed", self.seed, least=0)
-        check_int("top_k", self.top_k, least=0)
-        for name in ("temperature", "top_p"):
-            check_number(name, getattr(self, name), least=0.0)
-        if self.top_p > 1:
-            raise ValueError(f"top_p: expected a value in [0, 1], got {self.top_p}")
-        if self.top_k and self.top_p:
-            raise ValueError(
-                f"top_k and top_p: expected one of them, got {self.top_k}, {self.top_p}"
-            )
+        check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
 @torch.no_grad()

@@ -30,6 +30,17 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 _NEVER = -1e30  # added to a logit: never the largest, and finite
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    """Raises ValueError or TypeError for settings that no value can be drawn with."""
+    check_int("seed", seed, least=0)
+    check_int("top_k", top_k, least=0)
+    check_number("temperature", temperature, least=0.0)
+    if check_number("top_p", top_p, least=0.0) > 1:
+        raise ValueError(f"top_p: expected a value in [0, 1], got {top_p}")
+    if top_k and top_p:
+        raise ValueError(f"top_k and top_p: expected one of them, got {top_k}, {top_p}")
+
+
 @dataclass(frozen=True)
 class MaskedDecoding:
     """How to decode.
@@ -66,18 +77,10 @@ class MaskedDecoding:
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, least=1)
-        check_int("seed", self.seed, least=0)
-        check_int("top_k", self.top_k, least=0)
         self.counts(1)  # raises for a bad schedule
         check_confidence(self.confidence)
-        for name in ("temperature", "choice_temperature", "top_p"):
-            check_number(name, getattr(self, name), least=0.0)
-        if self.top_p > 1:
-            raise ValueError(f"top_p: expected a value in [0, 1], got {self.top_p}")
-        if self.top_k and self.top_p:
-            raise ValueError(
-                f"top_k and top_p: expected one of them, got {self.top_k}, {self.top_p}"
-            )
+        check_number("choice_temperature", self.choice_temperature, least=0.0)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
     def counts(self, num_tokens: int) -> list[int]:
         """Unknown tokens after each step. The last step leaves none, whatever the schedule says."""
