@@ -15,14 +15,6 @@ namespace {
 
 constexpr index_t kRows = 16;  // positions whose sums stay in registers
 
-// d loss / du from dy = d loss / d act(u).
-template <bool kSilu>
-inline vf through_activation(vf dy, vf u) {
-  if constexpr (!kSilu) return dy;
-  const vf s = sigmoid(u);
-  return dy * (s * (1.0f + u * (1.0f - s)));
-}
-
 inline void add_to(float* p, vf v) { store(p, load(p) + v); }
 
 template <class T>
@@ -114,23 +106,6 @@ void sums_of(const GroupNormSiluBackward& p, const GroupNormSiluPlan& plan, inde
                    : sums_plain<false>(p.in, table, slab, sums, second);
 }
 
-// dx = dn * gain - (x - center) * slant - level
-struct Terms {
-  float *slant, *level;
-
-  Terms(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, const GroupStats* stats,
-        const float* terms, float* scratch)
-      : slant(scratch + 3 * plan.padded_channels), level(scratch + 4 * plan.padded_channels) {
-    const index_t size = in.channels / in.groups;
-    for (index_t c = 0; c < in.channels; ++c) {
-      const index_t g = c / size;
-      const float r = stats[g].rstd;
-      slant[c] = r * r * terms[2 * g + 1];
-      level[c] = r * terms[2 * g] - stats[g].mean_rest * slant[c];
-    }
-  }
-};
-
 template <bool kSilu, class T>
 void input_grad_plain(const GroupNormSiluInput& in, const Affine& table, const Terms& terms,
                       const Slab<T>& slab) {
@@ -190,8 +165,8 @@ void input_grad(const GroupNormSiluBackward& p, const GroupNormSiluPlan& plan, i
 
 }  // namespace
 
-void group_norm_silu_sums(const GroupNormSiluBackward& params, const GroupNormSiluPlan& plan,
-                          index_t slab, const GroupStats* stats, float* scratch, float* sums) {
+void group_norm_silu_rows_sums(const GroupNormSiluBackward& params, const GroupNormSiluPlan& plan,
+                               index_t slab, const GroupStats* stats, float* scratch, float* sums) {
   switch (params.in.dtype) {
     case DType::f32:
       return sums_of<float>(params, plan, slab, stats, scratch, sums);
@@ -202,9 +177,9 @@ void group_norm_silu_sums(const GroupNormSiluBackward& params, const GroupNormSi
   }
 }
 
-void group_norm_silu_input_grad(const GroupNormSiluBackward& params, const GroupNormSiluPlan& plan,
-                                index_t slab, const GroupStats* stats, const float* terms,
-                                float* scratch) {
+void group_norm_silu_rows_input_grad(const GroupNormSiluBackward& params,
+                                     const GroupNormSiluPlan& plan, index_t slab,
+                                     const GroupStats* stats, const float* terms, float* scratch) {
   switch (params.in.dtype) {
     case DType::f32:
       return input_grad<float>(params, plan, slab, stats, terms, scratch);

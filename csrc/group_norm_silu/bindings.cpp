@@ -19,7 +19,7 @@ T* at(index_t address) {
 
 // The numbers of magvit_fast/ops/group_norm_silu.py, _numbers(), in its order.
 GroupNormSiluInput input(const std::vector<index_t>& n, double eps) {
-  check(n.size() == 26, "group_norm_silu: expected 26 numbers");
+  check(n.size() == 27, "group_norm_silu: expected 27 numbers");
   return {at<const void>(n[0]),
           at<const float>(n[1]),
           at<const float>(n[2]),
@@ -37,14 +37,17 @@ GroupNormSiluInput input(const std::vector<index_t>& n, double eps) {
           {n[19], n[20], n[21], n[22]},
           n[23] != 0,
           n[24] != 0,
+          n[25] != 0,
           static_cast<float>(eps),
-          static_cast<DType>(n[25])};
+          static_cast<DType>(n[26])};
 }
 
 }  // namespace
 
 void bind_group_norm_silu(pybind11::module_& m) {
   const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
+  m.def("group_norm_silu_takes_planes",
+        [](bool adaptive) { return backend::group_norm_silu_takes_planes(adaptive); });
   m.def("group_norm_silu_workspace_bytes", [](const std::vector<index_t>& numbers, long long where,
                                               unsigned long long how) {
     return backend::group_norm_silu_workspace_bytes(input(numbers, 0.0), make_context(where, how));

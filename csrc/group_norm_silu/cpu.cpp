@@ -1,6 +1,7 @@
 // group_norm_silu on the CPU: orders the passes so that a span stays in cache between them.
 // Previous hop: bindings.cpp.
-// Next hop: kernels.simd.cpp and backward.simd.cpp of the chosen instruction set.
+// Next hop: kernels.simd.cpp and backward.simd.cpp, or planes.simd.cpp, of the chosen instruction
+// set.
 //
 // Whole spans go to threads one by one (moments, then result, of the same memory); the last few,
 // fewer than there are threads, are shared out by slabs.
@@ -14,6 +15,7 @@ namespace magvit_fast::cpu {
 namespace {
 
 constexpr index_t kSlabBytes = 262144;
+constexpr index_t kPlaneBytes = 16384;     // of a slab's part of one plane: two readings from L1
 constexpr index_t kSerialElements = 8192;  // below, a parallel region costs more than the work
 
 struct Workspace {
@@ -125,6 +127,10 @@ void span_terms(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, ind
   }
 }
 
+GroupNormSiluPlan plan_of(const GroupNormSiluInput& in) {
+  return {in, in.planes ? kPlaneBytes * in.channels : kSlabBytes};
+}
+
 int threads_for(const GroupNormSiluInput& in, const ExecContext& ctx) {
   const index_t elements = in.batch * in.frames * in.frame_elements();
   return elements < kSerialElements ? 1 : ctx.num_threads;
@@ -147,23 +153,29 @@ void check_input(const GroupNormSiluInput& in) {
         "group_norm_silu: groups must divide the channels");
   check(in.cell[0] >= 1 && in.cell[1] >= 1 && in.cell[2] >= 1,
         "group_norm_silu: cells must have a size");
+  check(!in.planes || group_norm_silu_takes_planes(in.adaptive()),
+        "group_norm_silu: scale and shift need the channels-last layout");
 }
 
 }  // namespace
 
+bool group_norm_silu_takes_planes(bool adaptive) { return !adaptive; }
+
 index_t group_norm_silu_workspace_bytes(const GroupNormSiluInput& in, const ExecContext& ctx) {
   check_input(in);
-  return Workspace(nullptr, in, GroupNormSiluPlan(in, kSlabBytes), ctx.num_threads).bytes;
+  return Workspace(nullptr, in, plan_of(in), ctx.num_threads).bytes;
 }
 
 void group_norm_silu_forward(const GroupNormSiluForward& params, const ExecContext& ctx) {
   GroupNormSiluInput in = params.in;
   check_input(in);
-  const GroupNormSiluPlan plan(in, kSlabBytes);
+  const GroupNormSiluPlan plan = plan_of(in);
   const Workspace space(params.workspace, in, plan, ctx.num_threads);
   fill_absent(&in, plan, space);
-  const auto moments = MF_PICK_SIMD(group_norm_silu_moments, ctx.isa);
-  const auto apply = MF_PICK_SIMD(group_norm_silu_apply, ctx.isa);
+  const auto moments = in.planes ? MF_PICK_SIMD(group_norm_silu_planes_moments, ctx.isa)
+                                 : MF_PICK_SIMD(group_norm_silu_rows_moments, ctx.isa);
+  const auto apply = in.planes ? MF_PICK_SIMD(group_norm_silu_planes_apply, ctx.isa)
+                               : MF_PICK_SIMD(group_norm_silu_rows_apply, ctx.isa);
   const auto scratch = [&](int thread) {
     return space.scratch + thread * kGroupNormSiluTables * plan.padded_channels;
   };
@@ -183,11 +195,13 @@ void group_norm_silu_backward(const GroupNormSiluBackward& params, const ExecCon
   GroupNormSiluBackward p = params;
   GroupNormSiluInput& in = p.in;
   check_input(in);
-  const GroupNormSiluPlan plan(in, kSlabBytes);
+  const GroupNormSiluPlan plan = plan_of(in);
   const Workspace space(p.workspace, in, plan, ctx.num_threads);
   fill_absent(&in, plan, space);
-  const auto sums = MF_PICK_SIMD(group_norm_silu_sums, ctx.isa);
-  const auto input_grad = MF_PICK_SIMD(group_norm_silu_input_grad, ctx.isa);
+  const auto sums = in.planes ? MF_PICK_SIMD(group_norm_silu_planes_sums, ctx.isa)
+                              : MF_PICK_SIMD(group_norm_silu_rows_sums, ctx.isa);
+  const auto input_grad = in.planes ? MF_PICK_SIMD(group_norm_silu_planes_input_grad, ctx.isa)
+                                    : MF_PICK_SIMD(group_norm_silu_rows_input_grad, ctx.isa);
   const auto scratch = [&](int thread) {
     return space.scratch + thread * kGroupNormSiluTables * plan.padded_channels;
   };

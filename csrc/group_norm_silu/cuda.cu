@@ -334,6 +334,7 @@ void check_input(const GroupNormSiluInput& in) {
         "group_norm_silu: groups must divide the channels");
   check(in.cell[0] >= 1 && in.cell[1] >= 1 && in.cell[2] >= 1,
         "group_norm_silu: cells must have a size");
+  check(!in.planes, "group_norm_silu: the CUDA kernels read the channels-last layout");
 }
 
 unsigned slab_blocks(const GroupNormSiluPlan& plan) {
@@ -341,6 +342,8 @@ unsigned slab_blocks(const GroupNormSiluPlan& plan) {
 }
 
 }  // namespace
+
+bool group_norm_silu_takes_planes(bool) { return false; }
 
 index_t group_norm_silu_workspace_bytes(const GroupNormSiluInput& in, const ExecContext&) {
   check_input(in);

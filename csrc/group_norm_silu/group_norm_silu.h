@@ -12,7 +12,8 @@
 
 namespace magvit_fast {
 
-// What both directions know of the problem. Tensors lie channels-last: [B, T, H, W, C].
+// What both directions know of the problem. Tensors lie channels-last, [B, T, H, W, C], or in
+// planes, [B, C, T, H, W] (the CPU's kernels, without scale and shift).
 //   y = act((norm(x) * weight + bias) * (1 + scale) + shift)
 // scale and shift are read by cell: position (t, h, w) reads cell ((t + skipped) / cell[0],
 // h / cell[1], w / cell[2]). An axis along which both are broadcast is one cell.
@@ -28,10 +29,16 @@ struct GroupNormSiluInput {
   index_t scale_stride[4], shift_stride[4];  // of batch and cells (t, h, w), in elements; 0 repeats
   bool per_frame;                            // statistics of one frame, else of the whole clip
   bool silu;
+  bool planes;  // channels-first
   float eps;
   DType dtype;
 
   MF_HOST_DEVICE bool adaptive() const { return scale != nullptr || shift != nullptr; }
+  // Where channel c of the plane of (frame, row of height) begins.
+  MF_HOST_DEVICE index_t plane(index_t frame, index_t row, index_t c) const {
+    const index_t b = frame / frames, t = frame % frames;
+    return (((b * channels + c) * frames + t) * height + row) * width;
+  }
   MF_HOST_DEVICE index_t frame_elements() const { return height * width * channels; }
   // A span shares its statistics.
   MF_HOST_DEVICE index_t spans() const { return per_frame ? batch * frames : batch; }
@@ -99,6 +106,7 @@ struct GroupNormSiluSlab {
 };
 
 #define MF_GROUP_NORM_SILU_ENTRIES                                                               \
+  bool group_norm_silu_takes_planes(bool adaptive);                                              \
   index_t group_norm_silu_workspace_bytes(const GroupNormSiluInput& in, const ExecContext& ctx); \
   void group_norm_silu_forward(const GroupNormSiluForward& params, const ExecContext& ctx);      \
   void group_norm_silu_backward(const GroupNormSiluBackward& params, const ExecContext& ctx);
@@ -110,22 +118,28 @@ MF_GROUP_NORM_SILU_ENTRIES
 }
 #undef MF_GROUP_NORM_SILU_ENTRIES
 
-// One slab of each pass; `scratch` is kGroupNormSiluTables tables of padded_channels floats.
+// One slab of each pass, in either layout; `scratch` is kGroupNormSiluTables tables of
+// padded_channels floats.
 constexpr index_t kGroupNormSiluTables = 6;
-// moments [groups, 2]: mean and sum of squared deviations of the slab's values.
-MF_DECLARE_SIMD(void, group_norm_silu_moments,
-                (const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t slab,
-                 float* scratch, double* moments))
-MF_DECLARE_SIMD(void, group_norm_silu_apply,
-                (const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t slab,
-                 const GroupStats* stats, float* scratch, void* y))
-// sums [2, padded_channels]: of dn and of dn * (x - mean), dn = d loss / d norm(x)*weight+bias.
-MF_DECLARE_SIMD(void, group_norm_silu_sums,
-                (const GroupNormSiluBackward& params, const GroupNormSiluPlan& plan, index_t slab,
-                 const GroupStats* stats, float* scratch, float* sums))
-// terms [groups, 2]: means over the group of weight * dn and of weight * dn * xhat.
-MF_DECLARE_SIMD(void, group_norm_silu_input_grad,
-                (const GroupNormSiluBackward& params, const GroupNormSiluPlan& plan, index_t slab,
-                 const GroupStats* stats, const float* terms, float* scratch))
+#define MF_GROUP_NORM_SILU_PASSES(layout)                                                     \
+  /* moments [groups, 2]: mean and sum of squared deviations of the slab's values. */         \
+  MF_DECLARE_SIMD(void, group_norm_silu_##layout##_moments,                                   \
+                  (const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t slab, \
+                   float* scratch, double* moments))                                          \
+  MF_DECLARE_SIMD(void, group_norm_silu_##layout##_apply,                                     \
+                  (const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t slab, \
+                   const GroupStats* stats, float* scratch, void* y))                         \
+  /* sums [2, padded_channels]: of dn and of dn * (x - mean), */                              \
+  /* dn = d loss / d (norm(x) * weight + bias). */                                            \
+  MF_DECLARE_SIMD(void, group_norm_silu_##layout##_sums,                                      \
+                  (const GroupNormSiluBackward& params, const GroupNormSiluPlan& plan,        \
+                   index_t slab, const GroupStats* stats, float* scratch, float* sums))       \
+  /* terms [groups, 2]: means over the group of weight * dn and of weight * dn * xhat. */     \
+  MF_DECLARE_SIMD(void, group_norm_silu_##layout##_input_grad,                                \
+                  (const GroupNormSiluBackward& params, const GroupNormSiluPlan& plan,        \
+                   index_t slab, const GroupStats* stats, const float* terms, float* scratch))
+MF_GROUP_NORM_SILU_PASSES(rows)
+MF_GROUP_NORM_SILU_PASSES(planes)
+#undef MF_GROUP_NORM_SILU_PASSES
 
 }  // namespace magvit_fast

@@ -102,12 +102,6 @@ void moments(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_
   }
 }
 
-template <bool kSilu>
-inline vf activate(vf u) {
-  if constexpr (kSilu) return u * sigmoid(u);
-  return u;
-}
-
 constexpr index_t kRows = 4;  // positions that share one reading of the tables
 
 template <bool kSilu, class T>
@@ -166,8 +160,8 @@ void apply(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t 
 
 }  // namespace
 
-void group_norm_silu_moments(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan,
-                             index_t slab, float* scratch, double* out) {
+void group_norm_silu_rows_moments(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan,
+                                  index_t slab, float* scratch, double* out) {
   switch (in.dtype) {
     case DType::f32:
       return moments<float>(in, plan, slab, scratch, out);
@@ -178,8 +172,8 @@ void group_norm_silu_moments(const GroupNormSiluInput& in, const GroupNormSiluPl
   }
 }
 
-void group_norm_silu_apply(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan,
-                           index_t slab, const GroupStats* stats, float* scratch, void* y) {
+void group_norm_silu_rows_apply(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan,
+                                index_t slab, const GroupStats* stats, float* scratch, void* y) {
   switch (in.dtype) {
     case DType::f32:
       return apply<float>(in, plan, slab, stats, scratch, y);

@@ -1,5 +1,5 @@
 // group_norm_silu: the arithmetic of one vector of channels, shared by both directions.
-// Previous hop: kernels.simd.cpp, backward.simd.cpp.
+// Previous hop: kernels.simd.cpp, backward.simd.cpp, planes.simd.cpp.
 // Next hop: common/simd_math.h.
 #pragma once
 
@@ -25,6 +25,20 @@ inline void put(T* p, vf v, int n) {
 // 1 / (1 + exp(-u)); beyond |u| = 87 the result is within one subnormal of the exact one.
 inline vf sigmoid(vf u) { return 1.0f / (1.0f + exp(min(-u, splat(87.0f)))); }
 
+template <bool kSilu>
+inline vf activate(vf u) {
+  if constexpr (kSilu) return u * sigmoid(u);
+  return u;
+}
+
+// d loss / du from dy = d loss / d act(u).
+template <bool kSilu>
+inline vf through_activation(vf dy, vf u) {
+  if constexpr (!kSilu) return dy;
+  const vf s = sigmoid(u);
+  return dy * (s * (1.0f + u * (1.0f - s)));
+}
+
 // norm(x) * weight + bias = (x - center) * gain + offset, a table of each over the channels.
 struct Affine {
   float *center, *gain, *offset;
@@ -41,6 +55,23 @@ struct Affine {
       center[c] = s.mean;
       gain[c] = slope;
       offset[c] = (in.bias ? in.bias[c] : 0.0f) - s.mean_rest * slope;
+    }
+  }
+};
+
+// dx = dn * gain - (x - center) * slant - level
+struct Terms {
+  float *slant, *level;
+
+  Terms(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, const GroupStats* stats,
+        const float* terms, float* scratch)
+      : slant(scratch + 3 * plan.padded_channels), level(scratch + 4 * plan.padded_channels) {
+    const index_t size = in.channels / in.groups;
+    for (index_t c = 0; c < in.channels; ++c) {
+      const index_t g = c / size;
+      const float r = stats[g].rstd;
+      slant[c] = r * r * terms[2 * g + 1];
+      level[c] = r * terms[2 * g] - stats[g].mean_rest * slant[c];
     }
   }
 };

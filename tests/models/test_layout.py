@@ -89,7 +89,10 @@ def test_what_a_copy_is() -> None:
     x = torch.randn(1, 8, 3, 8, 8).contiguous(memory_format=torch.channels_last_3d)
     with torch.no_grad():
         assert _copies(lambda: torch.nn.functional.avg_pool3d(x, 2), 1000)
-        assert _copies(lambda: mf.group_norm_silu(x.contiguous(), 2, impl="native"), 1000)
+        scale = torch.zeros(1, 8, 1, 1, 1)
+        planes = x.contiguous()
+        assert _copies(lambda: mf.group_norm_silu(planes, 2, scale=scale, impl="native"), 1000)
+        assert _copies(lambda: mf.group_norm_silu(planes, 2, impl="native"), 1000) == []
 
 
 @pytest.mark.parametrize("size", [(4, 8, 6), (5, 7, 3), (1, 1, 1), (2, 3, 9)])

@@ -68,11 +68,17 @@ def test_values_and_gradients(problem: dict[str, Any], dtype: torch.dtype, isa_l
     check_against_float64(problem, dtype, "cpu")
 
 
+LAYOUTS = [torch.channels_last_3d, torch.contiguous_format]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("per_frame", [True, False])
 @pytest.mark.parametrize("mean", [1e3, 1e4])
-def test_large_means_cost_no_digits(mean: float, per_frame: bool, isa_level: str) -> None:
+def test_large_means_cost_no_digits(
+    mean: float, per_frame: bool, layout: torch.memory_format, isa_level: str
+) -> None:
     """A variance from E[x^2] - E[x]^2, or from a rounded mean, fails here by orders."""
-    x = (torch.randn(1, 20, 2, 9, 11) + mean).contiguous(memory_format=torch.channels_last_3d)
+    x = (torch.randn(1, 20, 2, 9, 11) + mean).contiguous(memory_format=layout)
     dy = torch.randn_like(x)
     options = {"per_frame": per_frame}
     native = _run({"x": x}, 4, "native", options, dy)
@@ -82,10 +88,13 @@ def test_large_means_cost_no_digits(mean: float, per_frame: bool, isa_level: str
         assert float(error) < 5e-6 * float(expected.detach().abs().max())
 
 
-def test_an_outlier_where_sums_begin_costs_no_digits(isa_level: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_outlier_where_sums_begin_costs_no_digits(
+    layout: torch.memory_format, isa_level: str
+) -> None:
     x = torch.randn(1, 16, 1, 32, 32)
     x[:, :, :, 0, 0] = 1e4
-    x = x.contiguous(memory_format=torch.channels_last_3d)
+    x = x.contiguous(memory_format=layout)
     y = mf.group_norm_silu(x, 4, activation=None, impl="native")
     exact = mf.group_norm_silu(x.double(), 4, activation=None)
     plain = mf.group_norm_silu(x, 4, activation=None, impl="reference")

@@ -173,7 +173,7 @@ def _dense_map(value: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _numbers(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, cell: Sequence[int], settings: Settings,
+    shift: Tensor | None, cell: Sequence[int], settings: Settings, planes: bool,
 ) -> list[int]:  # fmt: skip
     """What csrc/group_norm_silu/bindings.cpp reads into a GroupNormSiluInput, in its order."""
     b, c, t, h, w = x.shape
@@ -185,16 +185,26 @@ def _numbers(
     return [
         *(address(v) for v in (x, weight, bias, scale, shift)),
         b, t, h, w, c, settings.num_groups, *cell, _skipped(x, cell[0]), *strides,
-        settings.per_frame, settings.silu, _native.dtype_code(x.dtype),
+        settings.per_frame, settings.silu, planes, _native.dtype_code(x.dtype),
     ]  # fmt: skip
+
+
+def _takes_planes(x: Tensor, core: Any, *maps: Tensor | None) -> bool:
+    """Whether a kernel reads x as it lies, channels-first; else x goes in and out channels-last."""
+    adaptive = any(v is not None for v in maps)
+    return not is_channels_last(x) and bool(core.group_norm_silu_takes_planes(adaptive))
+
+
+def _dense(x: Tensor, planes: bool) -> Tensor:
+    return x.contiguous() if planes else channels_last(x)
 
 
 def _in_float32(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.to(torch.float32).contiguous()
 
 
-def _in_format_of(x: Tensor, result: Tensor) -> Tensor:
-    return result if is_channels_last(x) else _like(x).copy_(result)
+def _in_format_of(x: Tensor, result: Tensor, planes: bool) -> Tensor:
+    return result if planes or is_channels_last(x) else _like(x).copy_(result)
 
 
 def _launch(
@@ -203,7 +213,9 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     how = Settings(*settings)
     stats = _empty_stats(x, how)
-    source = channels_last(x)
+    core, *where = _native.launcher(x.device)
+    planes = _takes_planes(x, core, scale, shift)
+    source = _dense(x, planes)
     y = _native.in_huge_pages(torch.empty_like(source))
     _native.trace("group_norm_silu", x=tuple(x.shape), dtype=x.dtype, device=x.device, settings=how)
     if x.numel():
@@ -212,15 +224,14 @@ def _launch(
             source, _in_float32(weight), _in_float32(bias), _dense_map(scale, x),
             _dense_map(shift, x),
         )  # fmt: skip
-        numbers = _numbers(*operands, cell, how)
-        core, *where = _native.launcher(x.device)
+        numbers = _numbers(*operands, cell, how, planes)
         size = core.group_norm_silu_workspace_bytes(numbers, *where)
         space = torch.empty(size, dtype=torch.uint8, device=x.device)
         core.group_norm_silu_forward(
             numbers, eps, y.data_ptr(), stats.data_ptr(), space.data_ptr(), *where
         )
         _native.finish(x.device)
-    return _in_format_of(x, y), stats
+    return _in_format_of(x, y, planes), stats
 
 
 def _launch_backward(
@@ -228,7 +239,9 @@ def _launch_backward(
     scale: Tensor | None, shift: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     how = Settings(*settings)
-    source, upstream = channels_last(x), channels_last(dy.to(x.dtype))
+    core, *where = _native.launcher(x.device)
+    planes = _takes_planes(x, core, scale, shift)
+    source, upstream = _dense(x, planes), _dense(dy.to(x.dtype), planes)
     dx = _native.in_huge_pages(torch.empty_like(source))
     dweight, dbias = x.new_zeros((2, x.shape[1]), dtype=torch.float32).unbind()
     maps = [x.new_zeros(0 if v is None else v.shape) for v in (scale, shift)]
@@ -240,12 +253,11 @@ def _launch_backward(
             source, _in_float32(weight), _in_float32(bias), _dense_map(scale, x),
             _dense_map(shift, x),
         )  # fmt: skip
-        numbers = _numbers(*operands, cell, how)
+        numbers = _numbers(*operands, cell, how, planes)
         b, c, t, h, w = x.shape
         adaptive = scale is not None or shift is not None
         size = (2, b, t, -(-h // cell[1]), -(-w // cell[2]), c) if adaptive else (2, 0)
         by_cell = x.new_empty(size, dtype=torch.float32)
-        core, *where = _native.launcher(x.device)
         size_bytes = core.group_norm_silu_workspace_bytes(numbers, *where)
         space = torch.empty(size_bytes, dtype=torch.uint8, device=x.device)
         core.group_norm_silu_backward(
@@ -258,7 +270,7 @@ def _launch_backward(
             if value is not None:
                 maps[i] = _sum_to_map(by_cell[i], value, cell[0], _skipped(x, cell[0]))
     # clones: results of an op may not share memory
-    return _in_format_of(x, dx), dweight.clone(), dbias.clone(), *maps
+    return _in_format_of(x, dx, planes), dweight.clone(), dbias.clone(), *maps
 
 
 def _sum_to_map(by_cell: Tensor, value: Tensor, cell: int, skipped: int) -> Tensor:
