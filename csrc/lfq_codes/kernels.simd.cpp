@@ -4,7 +4,8 @@
 //
 // The sign bit is all that differs between -1 and +1: code = one | (bit ? 0 : sign), in the type's
 // own bits, so that no number is converted. Channels-first runs a block of positions through all
-// channels.
+// channels. Channels-last shifts one index by another amount in each lane; vectors may reach into
+// the next position's channels, which are written after.
 #include "common/simd.h"
 #include "lfq_codes/lfq_codes.h"
 
@@ -51,16 +52,62 @@ index_t run(const LfqCodesParams& p, Codes<U> codes, index_t begin, index_t end)
   return first_bad;
 }
 
+inline void store_bits(std::uint32_t* to, vu bits) { store_as(to, bits); }
+inline void store_bits(std::uint16_t* to, vu bits) {
+  store_as(to, __builtin_convertvector(bits, vh));
+}
+
+// Channels-last: the channels of a position are adjacent.
+template <class U>
+index_t run_last(const LfqCodesParams& p, Codes<U> codes, index_t begin, index_t end) {
+  constexpr int kSign = 8 * sizeof(U) - 1;
+  const index_t channels = p.channels;
+  vu lane;  // how far lane i's bit stands above the lowest of a vector
+  for (int i = 0; i < kLanes; ++i)
+    lane[i] = static_cast<std::uint32_t>(p.msb_first ? kLanes - 1 - i : i);
+  index_t first_bad = -1;
+  for (index_t position = begin; position < end; ++position) {
+    const std::int64_t index = p.indices[position];
+    U* to = static_cast<U*>(p.codes) + position * channels;
+    if (lfq_index_out_of_range(index, channels)) {
+      if (first_bad < 0) first_bad = position;
+      for (index_t c = 0; c < channels; ++c) to[c] = codes.nan;
+      continue;
+    }
+    const auto word = static_cast<std::uint64_t>(index);
+    const index_t room = (end - position) * channels;  // of this thread, from `to` on
+    for (index_t c = 0; c < channels; c += kLanes) {
+      const index_t lowest = p.msb_first ? channels - c - kLanes : c;
+      const auto part = static_cast<std::uint32_t>(lowest < 0 ? word << -lowest : word >> lowest);
+      const vu positive = ((part - vu{}) >> lane) & 1u;
+      const vu bits = (positive << kSign) ^ static_cast<std::uint32_t>(codes.minus);
+      if (c + kLanes <= room) {
+        store_bits(to + c, bits);
+      } else {
+        U last[kLanes];
+        store_bits(last, bits);
+        for (index_t i = c; i < channels; ++i) to[i] = last[i - c];
+      }
+    }
+  }
+  return first_bad;
+}
+
+template <class U>
+index_t run_either(const LfqCodesParams& p, Codes<U> codes, index_t begin, index_t end) {
+  return p.inner == 1 ? run_last<U>(p, codes, begin, end) : run<U>(p, codes, begin, end);
+}
+
 }  // namespace
 
 index_t lfq_codes_range(const LfqCodesParams& params, index_t begin, index_t end) {
   switch (params.dtype) {
     case DType::f32:
-      return run<std::uint32_t>(params, {0xbf800000u, 0x80000000u, 0x7fc00000u}, begin, end);
+      return run_either<std::uint32_t>(params, {0xbf800000u, 0x80000000u, 0x7fc00000u}, begin, end);
     case DType::bf16:
-      return run<std::uint16_t>(params, {0xbf80, 0x8000, 0x7fc0}, begin, end);
+      return run_either<std::uint16_t>(params, {0xbf80, 0x8000, 0x7fc0}, begin, end);
     case DType::f16:
-      return run<std::uint16_t>(params, {0xbc00, 0x8000, 0x7e00}, begin, end);
+      return run_either<std::uint16_t>(params, {0xbc00, 0x8000, 0x7e00}, begin, end);
   }
   return -1;
 }

@@ -3,9 +3,10 @@
 // Next hop: none.
 //
 // One pass: z is read once, quantized and indices are written once. Channels-last runs position by
-// position; channels-first runs a block of positions through all channels, so that both directions
-// touch memory in order.
-#include "common/simd.h"
+// position, a vector of channels at a time, whose comparison is bits of the index already;
+// channels-first runs a block of positions through all channels, so that both directions touch
+// memory in order.
+#include "common/simd_math.h"
 #include "lfq_quantize/lfq_quantize.h"
 
 namespace magvit_fast {
@@ -13,6 +14,35 @@ namespace MF_ISA {
 namespace {
 
 constexpr index_t kBlock = 256;  // positions whose index words stay in L1
+
+// The lowest `count` bits in the opposite order.
+inline std::uint64_t reversed(std::uint64_t x, index_t count) {
+  x = ((x >> 1) & 0x5555555555555555u) | ((x & 0x5555555555555555u) << 1);
+  x = ((x >> 2) & 0x3333333333333333u) | ((x & 0x3333333333333333u) << 2);
+  x = ((x >> 4) & 0x0f0f0f0f0f0f0f0fu) | ((x & 0x0f0f0f0f0f0f0f0fu) << 4);
+  return __builtin_bswap64(x) >> (64 - count);
+}
+
+// A position whose channels are adjacent: writes their signs, returns the index.
+template <class T>
+inline std::int64_t adjacent(const T* z, T* q, index_t channels, bool msb_first) {
+  std::uint64_t word = 0;
+  const auto signs = [&](vf x, index_t c) {
+    const vi positive = x > 0.0f;
+    word |= static_cast<std::uint64_t>(lane_bits(positive)) << c;
+    return select(positive, splat(1.0f), splat(-1.0f));
+  };
+  index_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) store(q + c, signs(load(z + c), c));
+  if (c < channels && channels > kLanes) {  // a last vector over the end of the one before
+    c = channels - kLanes;
+    store(q + c, signs(load(z + c), c));
+  } else if (c < channels) {  // the missing lanes are zero, not positive
+    const int rest = static_cast<int>(channels - c);
+    store_some(q + c, signs(load_some(z + c, rest), c), rest);
+  }
+  return static_cast<std::int64_t>(msb_first ? reversed(word, channels) : word);
+}
 
 template <class T>
 void run(const LfqQuantizeParams& p, index_t begin, index_t end) {
@@ -40,6 +70,11 @@ void run(const LfqQuantizeParams& p, index_t begin, index_t end) {
         }
       }
       std::memcpy(out, words, sizeof(std::int64_t) * static_cast<std::size_t>(count));
+    } else if (p.channel_stride == 1) {
+      for (index_t k = 0; k < count; ++k) {
+        const index_t offset = base + k * p.inner_stride;
+        out[k] = adjacent(z + offset, q + offset, p.channels, p.msb_first);
+      }
     } else {
       for (index_t k = 0; k < count; ++k) {
         const index_t offset = base + k * p.inner_stride;
