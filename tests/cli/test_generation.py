@@ -15,7 +15,7 @@ import magvit_fast as mf
 from magvit_fast.cli import generate as generate_command
 from magvit_fast.cli.clips import copy_last, iter_clips
 from magvit_fast.data.tokens import load_tokens
-from magvit_fast.data.video import probe, read_video, write_video
+from magvit_fast.data.video import probe, read_video, write_image, write_video
 from magvit_fast.errors import FileFormatError
 from magvit_fast.metrics import psnr, ssim
 from magvit_fast.models import (
@@ -176,6 +176,21 @@ def test_generate_an_image_with_the_published_settings(
     assert json.loads(result.out)["guidance"]["scale"] == 2.0
     line = fails(*words, *models.both, "--steps", "1", "-o", tmp_path / "clip.png")
     assert "a .png holds one image, but the result has 9 frames" in line
+
+
+def test_evaluate_a_folder_of_images(
+    cli: Callable, fails: Callable, models: Any, tmp_path: Path
+) -> None:
+    for i in range(3):
+        image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i))
+        write_image(tmp_path / "images" / f"{i}.png", image)
+    words = ("evaluate", tmp_path / "images", "--tokenizer", models.tokenizer, "--size", "16")
+    result = cli(*words, "--frames", "1", "--json")
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    assert facts["shape"] == [1, 16, 16]
+    assert facts["mean"]["clips"] == 3
+    assert "or --frames 1 for images" in fails(*words)
 
 
 def test_generate_bad_input(fails: Callable, models: Any, clip: str, tmp_path: Path) -> None:

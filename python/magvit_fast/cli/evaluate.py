@@ -39,7 +39,7 @@ from magvit_fast.cli.runtime import (
     to_json,
 )
 from magvit_fast.data.atomic import atomic_write_text
-from magvit_fast.data.clips import VIDEO_SUFFIXES, list_files
+from magvit_fast.data.clips import IMAGE_SUFFIXES, VIDEO_SUFFIXES, list_files
 from magvit_fast.data.video import probe
 from magvit_fast.decoding import clip_geometry
 from magvit_fast.errors import FileFormatError
@@ -73,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prediction", action="store_true", help="also continue each clip from its first frames"
     )
     parser.add_argument(
-        "--frames", type=positive_int, help="of a clip (default: 17; 16 for MAGVIT)"
-    )
+        "--frames", type=positive_int, metavar="N",
+        help="of a clip (default: 17; 16 for MAGVIT); 1 takes images too",
+    )  # fmt: skip
     parser.add_argument(
         "--size", type=frame_size, default=(64, 64), metavar="N|HxW", help="default 64"
     )
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> Outcome | None:
     with running(args) as device, several_processes(device) as processes:
         if args.output:
             check_output(args.output, *args.videos)
-        files = _files(args.videos)
+        files = _files(args.videos, images=args.frames == 1)
         tokenizer = load_tokenizer(args.tokenizer, processes.device)
         if args.task is not None or args.protocol is not None:
             transformer = load_transformer(args.transformer, processes.device)
@@ -110,15 +111,21 @@ def run(args: argparse.Namespace) -> Outcome | None:
     return Outcome(facts, text)
 
 
-def _files(named: list[str]) -> list[Path]:
-    """The files and those below the folders. Raises FileFormatError where a folder has none."""
+def _files(named: list[str], *, images: bool) -> list[Path]:
+    """The files and those below the folders, with `images` image files among them.
+
+    Raises FileFormatError where a folder has none.
+    """
+    wanted = VIDEO_SUFFIXES | IMAGE_SUFFIXES if images else VIDEO_SUFFIXES
     files: list[Path] = []
     for name in named:
         found = [Path(name)]
         if Path(name).is_dir():
-            found = [f for f in list_files(name) if f.suffix.lower() in VIDEO_SUFFIXES]
+            found = [f for f in list_files(name) if f.suffix.lower() in wanted]
         if not found:
-            raise FileFormatError(f"{name}: holds no video file; give files or another folder")
+            raise FileFormatError(
+                f"{name}: holds no video file; give files, another folder, or --frames 1 for images"
+            )
         files += found
     return files
 
