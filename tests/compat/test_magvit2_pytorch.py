@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tests.compat.peers import magvit2
 
 import magvit_fast as mf
 from magvit_fast.compat import magvit2_pytorch as ours
-from magvit_fast.errors import MissingExtraError
+from magvit_fast.compat.open_magvit2 import load_open_magvit2
+from magvit_fast.errors import FileFormatError, MissingExtraError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the third parties' own
 
@@ -117,6 +119,41 @@ def test_the_whole_tokenizer_is_patched() -> None:
     report = mf.patch(model, verify=True)
     assert not report.left, report
     assert report.count("lfq") == 1
+
+
+def test_its_checkpoints_are_loaded(tmp_path: Path) -> None:
+    theirs = magvit2()
+    torch.manual_seed(4)
+    plain = theirs.VideoTokenizer(**tokenizer()).eval()
+    plain.save(tmp_path / "tokenizer.pt")
+    model = ours.load_magvit2_pytorch(tmp_path / "tokenizer.pt", **tokenizer())
+    assert isinstance(model, theirs.VideoTokenizer)
+    assert not model.training
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert mf.unpatch(model)  # it was patched
+    codes = torch.randint(0, 256, (1, 3, 8, 8))
+    decoded = [m.decode_from_code_indices(codes) for m in (plain, model)]
+    assert torch.equal(*decoded)
+    with pytest.raises(FileFormatError, match=r"tokenizer.pt: .*conv_in.conv.weight has shape"):
+        ours.load_magvit2_pytorch(tmp_path / "tokenizer.pt", **{**tokenizer(), "init_dim": 16})
+    with pytest.raises(FileFormatError, match=r"magvit2-pytorch.*squeeze-excitation"):
+        load_open_magvit2(tmp_path / "tokenizer.pt")
+
+
+def test_the_arguments_in_a_checkpoint_are_never_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = magvit2().VideoTokenizer(**tokenizer())
+    config = b"cpathlib\nPath.touch\n(cpathlib\nPath\n(S'was-run'\ntRtR."
+    content = {"model_state_dict": model.state_dict(), "version": "0.5.1", "config": config}
+    torch.save(content, "tokenizer.pt")
+    ours.load_magvit2_pytorch("tokenizer.pt", **tokenizer())
+    torch.save(model, "model.pt")  # a whole module
+    with pytest.raises(FileFormatError, match=r"model.pt: holds more than tensors"):
+        ours.load_magvit2_pytorch("model.pt", **tokenizer())
+    assert not Path("was-run").exists()
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

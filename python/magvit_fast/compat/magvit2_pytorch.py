@@ -4,12 +4,15 @@
 
 Layers take [B, C, T, H, W]. Where theirs folds frames or pixels into the batch (and copies), these run
 one convolution over the five axes. `VideoTokenizer` is the package's own class with its modules
-patched. Up-sampling splits channels as (C, 2, 2), channel slowest; our depth_to_space3d wants it
-fastest, so the rows of the weight are read in that order.
+patched; `load_magvit2_pytorch` fills one from a checkpoint. Up-sampling splits channels as (C, 2, 2),
+channel slowest; our depth_to_space3d wants it fastest, so the rows of the weight are read in that
+order.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magvit_fast import ops
+from magvit_fast.compat._files import key_faults, read_checkpoint, shapes_of, tensors_of
 from magvit_fast.compat.patch import patch
-from magvit_fast.errors import MissingExtraError
+from magvit_fast.errors import FileFormatError, MissingExtraError
 
 Kernel = int | tuple[int, int, int]
 
@@ -262,10 +266,50 @@ def VideoTokenizer(*args: Any, **kwargs: Any) -> nn.Module:
 
     Raises MissingExtraError without the package.
     """
+    model = _peer(*args, **kwargs)
+    patch(model)
+    return model
+
+
+def _peer(*args: Any, **kwargs: Any) -> nn.Module:
     try:
         from magvit2_pytorch import VideoTokenizer as Peer
     except ImportError as error:
         raise MissingExtraError("magvit2-pytorch", "compat", "VideoTokenizer") from error
     model: nn.Module = Peer(*args, **kwargs)
-    patch(model)
     return model
+
+
+def load_magvit2_pytorch(path: str | os.PathLike[str], **arguments: Any) -> nn.Module:
+    """A checkpoint of magvit2-pytorch as the package's own VideoTokenizer, on our kernels.
+
+    Its network (a first convolution of 7x7x7, ELU, squeeze-excitation, RMS norms, attention, and
+    neither group nor adaptive norms) is none that a MagvitV2Tokenizer can be, so that the result is
+    of the package's class: encode, decode, tokenize and training are its own.
+
+    Args:
+        path: what `VideoTokenizer.save` wrote, or a .safetensors file or torch.save of a state_dict.
+        arguments: those that the tokenizer was made with (image_size, layers, ...). The file holds
+            them as a pickle, which could run anything: it is never opened.
+
+    Returns:
+        The model in evaluation mode, on the CPU, patched.
+
+    Raises:
+        FileFormatError: the file is missing, damaged or refused by torch's restricted reader, or does
+            not fit `arguments`: every key that is missing, superfluous or of a wrong shape is named.
+        MissingExtraError: without the package.
+    """
+    content = read_checkpoint(path)
+    if isinstance(content, Mapping):
+        content = content.get("model_state_dict", content)
+    model = _peer(**arguments)
+    try:
+        state = tensors_of(content, "model_state_dict")
+        if faults := key_faults(shapes_of(state), shapes_of(model.state_dict())):
+            raise ValueError(f"does not fit these arguments: {'; '.join(faults)}")
+    except ValueError as error:
+        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+    model.load_state_dict(state)
+    patch(model)
+    return model.eval()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from magvit_fast.nn.blocks import ResBlock3d
 from magvit_fast.nn.conv import SAME_PAD_MODES, SamePadMode
-from magvit_fast.nn.norm import MAX_GROUPS, group_count
+from magvit_fast.nn.norm import MAX_GROUPS, NormCondition, group_count
 from magvit_fast.nn.quantize import LFQ, EntropyKind
 from magvit_fast.nn.recompute import checkpointed, norm_then
 from magvit_fast.nn.resample import AveragePool, NearestUpsample, Upsample, strided_conv
@@ -117,6 +117,26 @@ class AutoencoderConfig:
         return False
 
     @property
+    def norm_condition(self) -> NormCondition:
+        """What of the latent scales and shifts, see nn.norm.AdaptiveGroupNorm."""
+        return "latent"
+
+    @property
+    def clip_norms(self) -> bool:
+        """Whether norms span the clip although convolutions are causal."""
+        return False
+
+    @property
+    def keep_first_frame(self) -> bool:
+        """Which frame causal up-sampling drops, see nn.resample.Upsample."""
+        return False
+
+    @property
+    def signed_pixels(self) -> bool:
+        """Whether encoder and decoder work on pixels in [-1, 1]."""
+        return False
+
+    @property
     def conv_shortcut(self) -> bool:
         """3x3x3 in place of 1x1x1 shortcuts."""
         return False
@@ -135,7 +155,13 @@ class AutoencoderConfig:
     @property
     def style(self) -> LayerStyle:
         """The kind of convolutions and norms."""
-        return LayerStyle(self.causal, self.frame_by_frame, self.pad_mode, self.norm_groups)
+        return LayerStyle(
+            self.causal,
+            self.frame_by_frame,
+            self.pad_mode,
+            self.norm_groups,
+            clip_norms=self.clip_norms,
+        )
 
     @property
     def latent_channels(self) -> int:
@@ -213,9 +239,11 @@ def _up(config: AutoencoderConfig, index: int) -> nn.Module | None:
     """What follows level `index` of the decoder."""
     if index == 0:
         return None
-    kind = NearestUpsample if config.resample == "pool" else Upsample
-    temporal = config.temporal_downsample[index - 1]
-    return kind(config.widths[index], temporal=temporal, style=config.style)
+    width, temporal = config.widths[index], config.temporal_downsample[index - 1]
+    if config.resample == "pool":  # both copies of a frame are the same: any may be dropped
+        return NearestUpsample(width, temporal=temporal, style=config.style)
+    first = config.keep_first_frame
+    return Upsample(width, temporal=temporal, keep_first_frame=first, style=config.style)
 
 
 class EncoderLevel(nn.Module):
@@ -241,7 +269,7 @@ class DecoderLevel(nn.Module):
         widths = config.widths
         entry = widths[min(index + 1, len(widths) - 1)]
         self.cond_norm = (
-            config.style.adaptive_norm(entry, config.latent_channels)
+            config.style.adaptive_norm(entry, config.latent_channels, config.norm_condition)
             if config.adaptive_norm
             else None
         )

@@ -65,7 +65,7 @@ class VideoTokenizer(PretrainedMixin):
         """
         z = self.encoder(self._check_video(video))
         quantized = self.quantizer(z)
-        reconstruction = self.decoder(quantized.quantized)
+        reconstruction = self._pixels(self.decoder(quantized.quantized))
         return TokenizerOutput(reconstruction, quantized.ids, z, quantized.losses)
 
     def encode(self, video: Tensor) -> Tensor:
@@ -152,7 +152,8 @@ class VideoTokenizer(PretrainedMixin):
     @property
     def streams(self) -> bool:
         """Whether chunks can be encoded and decoded before the last frame is there."""
-        return self.config.causal or self.config.frame_by_frame
+        config = self.config
+        return config.frame_by_frame or (config.causal and not config.clip_norms)
 
     @torch.no_grad()
     def _encode_chunk(self, chunk: Tensor, state: StreamState) -> Tensor:
@@ -180,8 +181,10 @@ class VideoTokenizer(PretrainedMixin):
             raise ValueError(f"ids: expected [B, T', H', W'], got {tuple(ids.shape)}")
         codes = codes.to(self.decoder.conv_in.weight.dtype)
         latent = codes.contiguous(memory_format=torch.channels_last_3d)
-        video: Tensor = self.decoder(latent, state)
-        return video.clamp(0, 1)
+        return self._pixels(self.decoder(latent, state)).clamp(0, 1)
+
+    def _pixels(self, decoded: Tensor) -> Tensor:
+        return (decoded + 1) / 2 if self.config.signed_pixels else decoded
 
     # ---- settings and checks --------------------------------------------------------------------
     def set_gradient_checkpointing(self, levels: Sequence[int] | bool = True) -> None:
@@ -198,10 +201,11 @@ class VideoTokenizer(PretrainedMixin):
 
     def _check_streams(self, verb: str) -> None:
         if not self.streams:
+            why = "its norms span the clip: " if self.config.causal else ""
             raise NotImplementedError(
-                f"{verb}_stream: this tokenizer is not causal (every token depends on all frames "
-                f"of its clip); cut the video into clips and {verb} each of them, or use a causal "
-                "MagvitV2Tokenizer, which streams"
+                f"{verb}_stream: this tokenizer is not causal ({why}every token depends on all "
+                f"frames of its clip); cut the video into clips and {verb} each of them, or use a "
+                "causal MagvitV2Tokenizer, which streams"
             )
 
     def _check_video(self, video: Tensor, *, whole: bool = True) -> Tensor:
@@ -224,5 +228,7 @@ class VideoTokenizer(PretrainedMixin):
             raise ValueError(f"video: expected {expected}, got {t}")
         if h < 1 or w < 1 or h % s or w % s:
             raise ValueError(f"video: expected height and width in multiples of {s}, got {h} x {w}")
+        if self.config.signed_pixels:
+            video = video * 2 - 1
         dtype = self.encoder.conv_in.weight.dtype
         return video.to(dtype).contiguous(memory_format=torch.channels_last_3d)

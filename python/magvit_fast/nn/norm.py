@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from magvit_fast import ops
+from magvit_fast.ops._checks import check_choice
+
+NormCondition = Literal["latent", "statistics"]
+NORM_CONDITIONS = ("latent", "statistics")
 
 EPS = 1e-6
 MAX_GROUPS = 32
@@ -81,13 +86,30 @@ def upsample_nearest(x: Tensor, factor: tuple[int, int, int], frames: int) -> Te
     return tall.permute(0, 4, 1, 2, 3)[:, :, t * st - frames :]
 
 
+def latent_statistics(latent: Tensor, *, per_frame: bool) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of [B, D, T, H, W] over its plane, or over the clip too.
+
+    Returns:
+        Two tensors [B, D, T or 1, 1, 1]. The deviation is sqrt(v + 1e-6), v the unbiased variance,
+        or 0 where there is one position alone.
+    """
+    axes = (3, 4) if per_frame else (2, 3, 4)
+    count = math.prod(latent.shape[axis] for axis in axes)
+    variance = latent.var(axes, correction=min(1, max(count - 1, 0)), keepdim=True)
+    return latent.mean(axes, keepdim=True), (variance + EPS).sqrt()
+
+
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift are linear functions of a condition at the same position.
+    """Group norm whose scale and shift are linear functions of a condition.
 
     y = norm(x) * (1 + W_g z + b_g) + (W_b z + b_b); no activation follows (MAGVIT-v2, appendix
-    architecture figure; CondNorm of Google's port). The two maps are linear per position, so they
-    are applied at the condition's resolution, and the op reads each of their values for a whole block
-    of x: the same values for less work and memory.
+    architecture figure; CondNorm of Google's port). With `condition` "latent" z is the latent at the
+    same position. The two maps are linear per position, so they are applied at the condition's
+    resolution, and the op reads each of their values for a whole block of x: the same values for less
+    work and memory.
+
+    With "statistics" (Open-MAGVIT2) the scale takes the latent's deviation for z and the shift its
+    mean, each over what the norms span: a slot's plane when `per_frame`, else the clip.
     """
 
     def __init__(
@@ -97,12 +119,15 @@ class AdaptiveGroupNorm(nn.Module):
         *,
         groups: int = MAX_GROUPS,
         per_frame: bool = True,
+        condition: NormCondition = "latent",
     ) -> None:
         super().__init__()
+        check_choice("condition", condition, NORM_CONDITIONS)
         self.channels = channels
         self.condition_channels = condition_channels
         self.num_groups = group_count(channels, groups)
         self.per_frame = per_frame
+        self.condition: NormCondition = condition
         self.scale = nn.Linear(condition_channels, channels)
         self.shift = nn.Linear(condition_channels, channels)
         for linear in (self.scale, self.shift):
@@ -116,9 +141,11 @@ class AdaptiveGroupNorm(nn.Module):
 
         x is the condition's grid repeated by `factor`, less some leading frames.
         """
-        scale, shift = (
-            linear(condition.movedim(1, -1)).movedim(-1, 1) for linear in (self.scale, self.shift)
-        )
+        mean, deviation = condition, condition
+        if self.condition == "statistics":
+            mean, deviation = latent_statistics(condition, per_frame=self.per_frame)
+        scale = self.scale(deviation.movedim(1, -1)).movedim(-1, 1)
+        shift = self.shift(mean.movedim(1, -1)).movedim(-1, 1)
         return ops.group_norm_silu(
             x,
             self.num_groups,

@@ -31,19 +31,32 @@ class Upsample(nn.Module):
     """Convolution 3x3x3 to s_t * 4 times the channels, then depth to space.
 
     Causal: the first s_t - 1 frames of the result are dropped, so that t slots give
-    s_t * (t - 1) + 1 frames; in a stream that happens in the first chunk only.
+    s_t * (t - 1) + 1 frames; in a stream that happens in the first chunk only. With
+    `keep_first_frame` (Open-MAGVIT2) it is the frames behind the first that are dropped instead.
     """
 
-    def __init__(self, channels: int, *, temporal: bool, style: LayerStyle = CAUSAL) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        temporal: bool,
+        keep_first_frame: bool = False,
+        style: LayerStyle = CAUSAL,
+    ) -> None:
         super().__init__()
         self.factor = (2 if temporal else 1, 2, 2)
         self.causal = style.causal
+        self.keep_first_frame = keep_first_frame
         self.conv = style.conv(channels, channels * self.factor[0] * 4)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C, s_t * T - dropped, 2 H, 2 W]."""
         drop = _dropped(self.factor[0], self.causal, state)
-        return ops.depth_to_space3d(self.conv(x, state), self.factor, drop_first=drop)
+        y = self.conv(x, state)
+        if drop and self.keep_first_frame:
+            frames = ops.depth_to_space3d(y, self.factor)
+            return torch.cat([frames[:, :, :1], frames[:, :, 1 + drop :]], dim=2)
+        return ops.depth_to_space3d(y, self.factor, drop_first=drop)
 
 
 def average_pool(x: Tensor, factor: tuple[int, int, int]) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from magvit_fast.nn.conv import CausalConv3d, SameConv3d, SamePadMode
-from magvit_fast.nn.norm import MAX_GROUPS, AdaptiveGroupNorm, GroupNormSiLU
+from magvit_fast.nn.norm import MAX_GROUPS, AdaptiveGroupNorm, GroupNormSiLU, NormCondition
 from magvit_fast.ops.causal_conv3d import PadMode
 
 
@@ -20,6 +20,7 @@ class LayerStyle:
     pad_mode: of time and space; "circular" for two-sided convolutions alone.
     norm_groups: groups of every norm (each channel its own where there are fewer).
     init: of the two-sided convolutions' weights, see SameConv3d.
+    clip_norms: norms span the clip although convolutions are causal (Open-MAGVIT2).
     """
 
     causal: bool = True
@@ -27,11 +28,12 @@ class LayerStyle:
     pad_mode: SamePadMode = "replicate"
     norm_groups: int = MAX_GROUPS
     init: Literal["xavier", "lecun"] = "xavier"
+    clip_norms: bool = False
 
     @property
     def per_frame(self) -> bool:
         """Whether norms take the statistics of each frame by itself."""
-        return self.causal or self.frame_by_frame
+        return self.frame_by_frame or (self.causal and not self.clip_norms)
 
     def conv(
         self,
@@ -69,10 +71,16 @@ class LayerStyle:
         """Group norm and SiLU."""
         return GroupNormSiLU(channels, groups=self.norm_groups, per_frame=self.per_frame)
 
-    def adaptive_norm(self, channels: int, condition_channels: int) -> AdaptiveGroupNorm:
+    def adaptive_norm(
+        self, channels: int, condition_channels: int, condition: NormCondition = "latent"
+    ) -> AdaptiveGroupNorm:
         """Group norm whose scale and shift come from the latent."""
         return AdaptiveGroupNorm(
-            channels, condition_channels, groups=self.norm_groups, per_frame=self.per_frame
+            channels,
+            condition_channels,
+            groups=self.norm_groups,
+            per_frame=self.per_frame,
+            condition=condition,
         )
 
 
