@@ -97,7 +97,7 @@ def _launch(
     ids, weight = ids.contiguous(), weight.contiguous()
     mask = None if mask is None else mask.contiguous()
     mask_embedding = None if mask_embedding is None else mask_embedding.contiguous()
-    out = weight.new_empty([*ids.shape, dim])
+    out = _native.in_huge_pages(weight.new_empty([*ids.shape, dim]))
     bad = _checks.no_bad_position(ids.device)
     _native.trace("factorized_embedding", ids=tuple(ids.shape), weight=tuple(weight.shape),
                   dtype=weight.dtype, device=ids.device)  # fmt: skip
@@ -120,7 +120,7 @@ def _launch_backward(
     ids, grad = ids.contiguous(), grad.contiguous()
     mask = None if mask is None else mask.contiguous()
     dim, code = grad.shape[-1], _native.dtype_code(grad.dtype)
-    grad_weight = grad.new_empty([groups, 1 << bits, dim])
+    grad_weight = _native.in_huge_pages(grad.new_empty([groups, 1 << bits, dim]))
     grad_mask_embedding = grad.new_empty([dim if mask is not None else 0])
     _native.trace("factorized_embedding_backward", ids=tuple(ids.shape), dtype=grad.dtype,
                   device=ids.device)  # fmt: skip
