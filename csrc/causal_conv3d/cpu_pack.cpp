@@ -4,6 +4,7 @@
 #include "causal_conv3d/cpu_pack.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "common/half.h"
 #include "common/parallel.h"
@@ -19,6 +20,29 @@ template <class T>
 struct Convert<T, T> {
   static T of(T x) { return x; }
 };
+
+// to[j][i] = from[i * stride + j] for i < columns, a multiple of 4, and j < count: 4 x 4 at a time.
+void transpose(const float* from, index_t stride, index_t columns, index_t count, float* to) {
+  typedef float v4 __attribute__((vector_size(16)));
+  typedef std::int32_t i4 __attribute__((vector_size(16)));
+  index_t j = 0;
+  for (; j + 4 <= count; j += 4)
+    for (index_t i = 0; i < columns; i += 4) {
+      v4 row[4];
+      for (int k = 0; k < 4; ++k) std::memcpy(&row[k], from + (i + k) * stride + j, sizeof(v4));
+      const v4 low0 = __builtin_shuffle(row[0], row[1], i4{0, 4, 1, 5});
+      const v4 low1 = __builtin_shuffle(row[2], row[3], i4{0, 4, 1, 5});
+      const v4 high0 = __builtin_shuffle(row[0], row[1], i4{2, 6, 3, 7});
+      const v4 high1 = __builtin_shuffle(row[2], row[3], i4{2, 6, 3, 7});
+      const v4 out[4] = {__builtin_shuffle(low0, low1, i4{0, 1, 4, 5}),
+                         __builtin_shuffle(low0, low1, i4{2, 3, 6, 7}),
+                         __builtin_shuffle(high0, high1, i4{0, 1, 4, 5}),
+                         __builtin_shuffle(high0, high1, i4{2, 3, 6, 7})};
+      for (int k = 0; k < 4; ++k) std::memcpy(to + (j + k) * columns + i, &out[k], sizeof(v4));
+    }
+  for (; j < count; ++j)
+    for (index_t i = 0; i < columns; ++i) to[j * columns + i] = from[i * stride + j];
+}
 
 // Transposed through a buffer in the L1 cache: rows of the packed form lie a power of two apart,
 // and scattering single elements to them would fight over a few cache sets.
@@ -52,9 +76,17 @@ class Packer {
     const index_t group = chunk / tap_chunks_ / row_chunks_ / blocks_;
     const index_t taps = least(tap_step_, w_.taps - tap0), rows = least(row_step_, rows_ - row0);
     const index_t columns = least(block_, padded_ - first), width = columns * unit_;
-    To buffer[kBuffer];
     const From* from = static_cast<const From*>(w_.data) + group * w_.group_stride +
                        first * w_.column_stride + tap0;
+    To* block = packed_ + (group * padded_ + first) * w_.taps * rows_ * unit_;
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>)
+      if (taps_inside_ && taps == w_.taps && first + columns <= w_.columns) {
+        for (index_t r = row0; r < row0 + rows; ++r)
+          transpose(from + r * w_.reduce_stride, w_.column_stride, columns, taps,
+                    block + r * taps * columns);
+        return;
+      }
+    To buffer[kBuffer];
     for (index_t c = 0; c < columns; ++c)
       for (index_t r = 0; r < rows * unit_; ++r) {  // channel row0 * unit + r
         const index_t k = row0 * unit_ + r;
@@ -67,7 +99,6 @@ class Packer {
         else
           for (index_t tap = 0; tap < taps; ++tap) to[tap * width] = To{};
       }
-    To* block = packed_ + (group * padded_ + first) * w_.taps * rows_ * unit_;
     for (index_t r = 0; r < rows; ++r)
       for (index_t tap = 0; tap < taps; ++tap)
         std::memcpy(block + place(tap0 + tap, row0 + r) * width, buffer + (r * taps + tap) * width,

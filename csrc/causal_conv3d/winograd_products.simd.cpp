@@ -26,6 +26,8 @@ template <int M>
 void transform_taps(const WinogradParams& p, const WinogradLayout& layout, const float* taps,
                     index_t step, index_t row_begin, index_t row_end, float* to) {
   constexpr int N = M + 2;
+  const float* next = taps + p.kernel_t * 9 * step;  // the next channel's, as far as memory is away
+  for (index_t tap = 0; tap < p.kernel_t * 9; ++tap) __builtin_prefetch(next + tap * step);
   for (index_t row = row_begin; row < row_end; ++row) {
     vf column[kMaxTimeTaps][3];  // this row of points along height, of every tap in time
     for (index_t kt = 0; kt < p.kernel_t; ++kt) {
