@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 
 #include "causal_conv3d/causal_conv3d.h"
 
@@ -13,8 +14,8 @@ namespace {
 
 using Address = std::uintptr_t;
 // batch, in_channels, out_channels, groups, history_frames, frames, dtype, then for each of time,
-// height and width: source, out, kernel, stride, dilation, front, mode; last: strict.
-using Numbers = std::array<index_t, 29>;
+// height and width: source, out, kernel, stride, dilation, front, mode; last: strict, packed.
+using Numbers = std::array<index_t, 30>;
 
 AxisMap make_axis(const index_t* n) {
   return {n[0], n[1], n[2], n[3], n[4], n[5], static_cast<PadMode>(n[6])};
@@ -31,7 +32,8 @@ Conv3dShape make_shape(const Numbers& n) {
           make_axis(&n[14]),
           make_axis(&n[21]),
           static_cast<DType>(n[6]),
-          n[28] != 0};
+          n[28] != 0,
+          n[29] != 0};
 }
 
 const void* in(Address a) { return reinterpret_cast<const void*>(a); }
@@ -92,6 +94,27 @@ void bind_causal_conv3d(pybind11::module_& m) {
       },
       no_gil);
 #ifndef MAGVIT_FAST_CUDA_MODULE
+  m.def(
+      "causal_conv3d_packing",
+      [](const Numbers& shape, bool forward, Where where, How how) {
+        const cpu::Conv3dPacking packing =
+            cpu::causal_conv3d_packing(make_shape(shape), forward, make_context(where, how));
+        return std::make_tuple(packing.bytes, packing.kind);
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_pack",
+      [](Address weight, Address packed, const Numbers& shape, bool forward, Where where, How how) {
+        cpu::causal_conv3d_pack(make_shape(shape), forward, in(weight), out(packed),
+                                make_context(where, how));
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_weight_mark",
+      [](Address weight, std::size_t bytes, Where where, How how) {
+        return cpu::causal_conv3d_weight_mark(in(weight), bytes, make_context(where, how));
+      },
+      no_gil);
   // The geometry itself, for the tests of index_map.h: axis is the seven numbers of one axis.
   using Axis = std::array<index_t, 7>;
   m.def("causal_conv3d_source_index", [](const Axis& axis, index_t o, index_t k) {

@@ -29,6 +29,7 @@ struct Conv3dShape {
   AxisMap t, h, w;         // t.front is what the history leaves to be padded
   DType dtype;
   bool strict;  // float32: errors no larger than those of the direct sum
+  bool packed;  // CPU: `weight` has been packed by cpu::causal_conv3d_pack for this very work
 };
 
 // A tensor along the source time axis: `history` [N, history_frames, H, W, C] and then `x`
@@ -74,7 +75,21 @@ struct Conv3dWeightGradParams {
 
 namespace cpu {
 MF_DECLARE_CAUSAL_CONV3D
-}
+
+// Weights in the order of the engine that serves the forward pass (else: the input gradient), to be
+// used again as long as they do not change. The kind tells layouts apart.
+struct Conv3dPacking {
+  std::size_t bytes;
+  index_t kind;
+};
+Conv3dPacking causal_conv3d_packing(const Conv3dShape& shape, bool forward, const ExecContext& ctx);
+void causal_conv3d_pack(const Conv3dShape& shape, bool forward, const void* weight, void* packed,
+                        const ExecContext& ctx);
+
+// A few bytes from all over the memory, mixed: who writes past torch's version counter changes it.
+std::uint64_t causal_conv3d_weight_mark(const void* weight, std::size_t bytes,
+                                        const ExecContext& ctx);
+}  // namespace cpu
 namespace cuda {
 MF_DECLARE_CAUSAL_CONV3D
 }

@@ -22,15 +22,47 @@ index_t elements(const SplitTensor& t, index_t batch, bool early) {
   return batch * (early ? t.early_frames : t.late_frames) * t.height * t.width * t.channels;
 }
 
+struct Packing {
+  WeightView weight;
+  PackLayout layout;
+};
+
+index_t packed_bytes(const Packing& p) {
+  return packed_size(p.weight, p.layout) * (p.layout.type == DType::bf16 ? 2 : 4);
+}
+
+// Products of bfloat16 in hardware.
+bool multiplies_pairs(const Conv3dShape& s, int isa) {
+  return s.dtype == DType::bf16 && multiplies_bf16(isa);
+}
+
+bool is_narrow(index_t produce, index_t reduce) {
+  return produce <= kNarrow && reduce >= 8 && reduce <= kNarrowReduce;
+}
+
+Packing gather_packing(const Conv3dShape& s, Direction direction, const void* weight, int isa) {
+  const bool bf16 = multiplies_pairs(s, isa);
+  const DType type = bf16 ? DType::bf16 : DType::f32;
+  Packing packing{weight_view(s, direction, weight), {}};
+  WeightView& view = packing.weight;
+  if (!is_narrow(view.columns, view.reduce)) {
+    packing.layout = {gather_columns(isa), gather_lanes(isa), bf16, type};
+    return packing;
+  }
+  std::swap(view.reduce, view.columns);  // [taps][produce][reduce]: vectors run along the sum
+  std::swap(view.reduce_stride, view.column_stride);
+  packing.layout = {kNarrowReduce, narrow_lanes(isa, bf16), false, type};
+  return packing;
+}
+
 // Everything the engine needs, in the workspace; with an empty workspace only its size.
 struct Plan {
   GatherParams params{};
-  WeightView weight{};
-  PackLayout layout{};
+  Packing packing{};
   float* wide_early = nullptr;
   float* wide_late = nullptr;
   void* zeros = nullptr;
-  void* packed = nullptr;
+  void* packed = nullptr;  // unless the caller has packed them
 };
 
 Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors, int isa,
@@ -52,24 +84,17 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   check(p.source.width * p.source.channels < (index_t{1} << 31),
         "causal_conv3d: a row of x or of the result has more than 2^31 elements");
 
-  const bool bf16 = s.dtype == DType::bf16 && multiplies_bf16(isa);  // products in hardware
+  const bool bf16 = multiplies_pairs(s, isa);
   p.source_type = bf16 ? DType::bf16 : DType::f32;
-  p.narrow = p.produce <= kNarrow && p.reduce >= 8 && p.reduce <= kNarrowReduce;
-  plan.weight = weight_view(s, direction, tensors.weight);
-  if (p.narrow) {  // [taps][produce][reduce]: vectors run along the sum
-    std::swap(plan.weight.reduce, plan.weight.columns);
-    std::swap(plan.weight.reduce_stride, plan.weight.column_stride);
-    plan.layout = {kNarrowReduce, narrow_lanes(isa, bf16), false, p.source_type};
-  } else {
-    plan.layout = {gather_columns(isa), gather_lanes(isa), bf16, p.source_type};
-  }
-  plan.packed = workspace.take<char>(packed_size(plan.weight, plan.layout) * (bf16 ? 2 : 4));
+  p.narrow = is_narrow(p.produce, p.reduce);
+  plan.packing = gather_packing(s, direction, tensors.weight, isa);
+  if (!s.packed) plan.packed = workspace.take<char>(packed_bytes(plan.packing));
   plan.zeros = workspace.take<float>(p.source.channels);
   if (!bf16 && s.dtype != DType::f32) {
     plan.wide_early = workspace.take<float>(elements(p.source, s.batch, true));
     plan.wide_late = workspace.take<float>(elements(p.source, s.batch, false));
   }
-  p.packed = plan.packed;
+  p.packed = s.packed ? tensors.weight : plan.packed;
   p.zeros = plan.zeros;
   p.t = gather_axis(s.t, direction, workspace);
   p.h = gather_axis(s.h, direction, workspace);
@@ -79,7 +104,8 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
 
 void prepare(Plan& plan, const Conv3dShape& s, const ExecContext& ctx) {
   GatherParams& p = plan.params;
-  pack_weights(plan.weight, plan.layout, plan.packed, ctx.num_threads);
+  if (plan.packed)
+    pack_weights(plan.packing.weight, plan.packing.layout, plan.packed, ctx.num_threads);
   std::memset(plan.zeros, 0, sizeof(float) * static_cast<std::size_t>(p.source.channels));
   if (!plan.wide_late) return;
   const index_t early = elements(p.source, s.batch, true);
@@ -152,7 +178,30 @@ std::size_t measure(const Conv3dShape& s, Direction direction, const ExecContext
   return workspace.bytes();
 }
 
+Packing packing_of(const Conv3dShape& s, bool forward, const void* weight, int isa) {
+  const Direction direction = forward ? Direction::forward : Direction::input_grad;
+  if (by_winograd(s, direction, isa))
+    return {weight_view(s, direction, weight), winograd_packing(isa)};
+  return gather_packing(s, direction, weight, isa);
+}
+
 }  // namespace
+
+Conv3dPacking causal_conv3d_packing(const Conv3dShape& shape, bool forward,
+                                    const ExecContext& ctx) {
+  const Packing p = packing_of(shape, forward, nullptr, ctx.isa);
+  index_t kind = p.layout.block * 64 + p.layout.lanes;
+  for (const bool part :
+       {p.layout.pairs, p.layout.taps_inside, p.layout.type == DType::bf16, forward})
+    kind = kind * 2 + part;
+  return {static_cast<std::size_t>(packed_bytes(p)), kind};
+}
+
+void causal_conv3d_pack(const Conv3dShape& shape, bool forward, const void* weight, void* packed,
+                        const ExecContext& ctx) {
+  const Packing p = packing_of(shape, forward, weight, ctx.isa);
+  pack_weights(p.weight, p.layout, packed, ctx.num_threads);
+}
 
 std::size_t causal_conv3d_forward_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
   return measure(shape, Direction::forward, ctx);

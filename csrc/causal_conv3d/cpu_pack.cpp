@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "causal_conv3d/causal_conv3d.h"
 #include "common/half.h"
 #include "common/parallel.h"
 
@@ -152,6 +153,21 @@ void widen(const void* from, DType dtype, float* to, index_t count, int num_thre
     else
       for (index_t i = begin; i < end; ++i) to[i] = to_float(static_cast<const f16_t*>(from)[i]);
   });
+}
+
+std::uint64_t causal_conv3d_weight_mark(const void* weight, std::size_t bytes, const ExecContext&) {
+  constexpr std::size_t kWords = 64;
+  const std::size_t words = bytes / sizeof(std::uint32_t);
+  const std::size_t count = words < kWords ? words : kWords;
+  std::uint64_t mark = bytes;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::uint32_t word;
+    std::memcpy(&word, static_cast<const char*>(weight) + i * (words - 1) / kWords * sizeof(word),
+                sizeof(word));
+    mark = (mark ^ word) * 0x9e3779b97f4a7c15u;
+    mark ^= mark >> 29;
+  }
+  return mark;
 }
 
 }  // namespace magvit_fast::cpu

@@ -24,8 +24,8 @@ struct Plan : WinogradBase {
   WeightView view;
   PackLayout pack;
   bool together;
-  index_t wave;  // blocks of columns in work at once
-  float* packed = nullptr;
+  index_t wave;             // blocks of columns in work at once
+  float* packed = nullptr;  // unless the caller has packed them
   float *sources = nullptr, *weights = nullptr, *sums = nullptr;  // of thread 0
   index_t source_size, weight_size, sum_size;                     // floats
 
@@ -43,8 +43,8 @@ Plan::Plan(const Conv3dShape& s, Direction direction, const Tensors& tensors,
       view(weight_view(s, direction, tensors.weight)),
       pack(winograd_packing(ctx.isa)) {
   choose(ctx);
-  packed = workspace.take<float>(packed_size(view, pack));
-  params.packed = packed;
+  if (!s.packed) packed = workspace.take<float>(packed_size(view, pack));
+  params.packed = s.packed ? static_cast<const float*>(tensors.weight) : packed;
   take(ctx, workspace);
 }
 
@@ -169,7 +169,7 @@ void winograd_run(const Conv3dShape& shape, Direction direction, const Tensors& 
                   void* memory, const ExecContext& ctx) {
   Workspace workspace(memory);
   Plan plan(shape, direction, tensors, ctx, workspace);
-  pack_weights(plan.view, plan.pack, plan.packed, ctx.num_threads);
+  if (plan.packed) pack_weights(plan.view, plan.pack, plan.packed, ctx.num_threads);
   plan.together ? run_together(plan, ctx) : run_apart(plan, ctx);
 }
 

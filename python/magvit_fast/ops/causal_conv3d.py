@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magvit_fast import _native
-from magvit_fast.ops import _checks, _precision
+from magvit_fast.ops import _checks, _packed_weights, _precision
 
 # --- contract ---------------------------------------------------------------------------------
 # x [B, C_in, T, H, W], weight [C_out, C_in / groups, KT, KH, KW] -> y [B, C_out, T', H', W'].
@@ -179,8 +179,7 @@ def _shape_numbers(
             x_size[2 + axis] + earlier, y_size[2 + axis], kernel[axis], geometry.stride[axis],
             geometry.dilation[axis], geometry.padding[2 * axis] - earlier, PAD_MODES.index(mode),
         ]  # fmt: skip
-    numbers.append(_precision.strict())
-    return numbers
+    return [*numbers, _precision.strict(), False]  # last: packed
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -221,7 +220,13 @@ def _launch_forward(
         earlier = None if history is None else _channels_last(history)
         frames = 0 if history is None else history.shape[2]
         numbers = _shape_numbers(x.shape, frames, size, weight.shape[2:], x.dtype, how)
-        tensors = [_channels_last(x), earlier, weight.contiguous(), bias, y]
+        tensors = [
+            _channels_last(x),
+            earlier,
+            _packed_weights.of_conv(weight, numbers, True),
+            bias,
+            y,
+        ]
         _run("causal_conv3d_forward", x.device, tensors, numbers)
     return _in_layout(y, _is_channels_last(x))
 
@@ -237,12 +242,8 @@ def _launch_input_grad(
                   dtype=dy.dtype, device=dy.device, geometry=how)  # fmt: skip
     if dx.numel():
         numbers = _shape_numbers(x_size, history_frames, dy.shape, weight.shape[2:], dy.dtype, how)
-        tensors = [
-            _channels_last(dy),
-            weight.contiguous(),
-            dx,
-            dhistory if history_frames else None,
-        ]
+        earlier = dhistory if history_frames else None
+        tensors = [_channels_last(dy), _packed_weights.of_conv(weight, numbers, False), dx, earlier]
         _run("causal_conv3d_input_grad", dy.device, tensors, numbers)
     return _in_layout(dx, channels_last), _in_layout(dhistory, channels_last)
 

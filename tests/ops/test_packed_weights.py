@@ -1,0 +1,166 @@
+"""Packed weights of causal_conv3d: kept for one state of a tensor, never stale, bounded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.ops.conv_problems import fp32_precision
+from torch import Tensor
+
+from magvit_fast import _native, ops
+from magvit_fast.ops import _packed_weights
+from magvit_fast.testing.budgets import assert_equal
+
+
+@pytest.fixture(autouse=True)
+def _empty() -> None:
+    _packed_weights._entries.clear()
+
+
+def _weight(c_in: int = 16, c_out: int = 24) -> Tensor:
+    return torch.randn(c_out, c_in, 3, 3, 3) / 20
+
+
+X = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def _conv(weight: Tensor, x: Tensor = X) -> Tensor:
+    return ops.causal_conv3d(x, weight, impl="native")
+
+
+def _fresh(weight: Tensor) -> Tensor:
+    """What a tensor that was never seen gives."""
+    return _conv(weight.detach().clone())
+
+
+def test_kept_from_the_second_time_on() -> None:
+    weight = _weight()
+    first = _conv(weight)
+    assert _packed_weights.held_bytes() == 0
+    assert_equal(_conv(weight), first)
+    held = _packed_weights.held_bytes()
+    assert held >= weight.nbytes
+    assert_equal(_conv(weight), first)
+    assert _packed_weights.held_bytes() == held
+    del weight
+    gc.collect()
+    assert _packed_weights.held_bytes() == 0
+
+
+def _step(kind: Callable[..., torch.optim.Optimizer], **options: object) -> Callable:
+    def change(weight: Tensor) -> None:
+        weight.grad = torch.ones_like(weight)
+        kind([weight], lr=0.1, **options).step()
+
+    return change
+
+
+def _load(weight: Tensor) -> None:
+    module = torch.nn.Module()
+    module.weight = weight
+    module.load_state_dict({"weight": torch.randn(weight.shape)})
+
+
+def _swap_storage(weight: Tensor) -> None:
+    weight.data = torch.randn(weight.shape)
+
+
+def _write_through_data(weight: Tensor) -> None:
+    weight.data.mul_(1.5)
+
+
+CHANGES = {
+    "sgd": _step(torch.optim.SGD),
+    "adam_foreach": _step(torch.optim.Adam, foreach=True),
+    "adam_fused": _step(torch.optim.Adam, fused=True),
+    "load_state_dict": _load,
+    "new_data": _swap_storage,
+    "through_data": _write_through_data,
+    "in_place": lambda w: torch.no_grad()(w.add_)(1.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_never_stale(name) -> None:
+    weight = torch.nn.Parameter(_weight())
+    for _ in range(3):
+        before = _conv(weight).detach()
+        assert_equal(_conv(weight).detach(), before)
+        CHANGES[name](weight)
+        after = _conv(weight).detach()
+        assert not torch.equal(after, before)
+        assert_equal(after, _fresh(weight))
+        assert_equal(_conv(weight).detach(), after)
+
+
+def test_storage_swapped_back_and_forth_is_not_confused() -> None:
+    weight = torch.nn.Parameter(_weight())
+    for _ in range(20):  # freed memory is handed out again at the same address
+        weight.data = torch.randn(weight.shape) / 20
+        assert_equal(_conv(weight).detach(), _fresh(weight))
+        assert_equal(_conv(weight).detach(), _fresh(weight))
+
+
+def test_one_tensor_in_every_role(isa_level) -> None:
+    weight = _weight(16, 16).requires_grad_()
+    x = X.clone().requires_grad_()
+    for _ in range(3):
+        for precision in ("none", "ieee"):
+            with fp32_precision(precision):
+                y = _conv(weight, x)
+                (dx,) = torch.autograd.grad(y.sum(), x)
+                other = weight.detach().clone().requires_grad_()
+                again = _conv(other, x)
+                assert_equal(y.detach(), again.detach())
+                assert_equal(dx, torch.autograd.grad(again.sum(), x)[0])
+        narrow = ops.causal_conv3d(x[..., :2, :2], weight, stride=2, impl="native")
+        copy = weight.detach().clone()
+        assert_equal(
+            narrow.detach(),
+            ops.causal_conv3d(x[..., :2, :2], copy, stride=2, impl="native").detach(),
+        )
+
+
+def test_levels_do_not_share_forms() -> None:
+    weight = _weight()
+    for level in _native.ISA_LEVELS * 2:
+        with _native.max_isa(level):
+            for _ in range(3):
+                assert_equal(_conv(weight), _fresh(weight))
+
+
+def test_views_and_inference_tensors() -> None:
+    whole = torch.randn(24, 32, 3, 3, 3) / 20
+    view = whole[:, :16]
+    for _ in range(3):
+        assert_equal(_conv(view), _fresh(view))
+    with torch.inference_mode():
+        weight = _weight()
+        for _ in range(3):
+            y = _conv(weight)
+            weight.mul_(1.01)
+            assert not torch.equal(_conv(weight), y)
+    assert _packed_weights.held_bytes() == 0
+
+
+def test_bounded(monkeypatch) -> None:
+    monkeypatch.setattr(_packed_weights, "CACHE_BYTES", 100_000)
+    weights = [_weight() for _ in range(6)]
+    for _ in range(3):
+        for weight in weights:
+            assert_equal(_conv(weight), _fresh(weight))
+    assert 0 < _packed_weights.held_bytes() <= 100_000
+
+
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    weight = torch.nn.Parameter(_weight())
+    compiled = torch.compile(lambda x: _conv(weight, x), backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        for _ in range(2):
+            assert_equal(compiled(X).detach(), _fresh(weight))
+        with torch.no_grad():
+            weight.mul_(0.5)
