@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -140,11 +141,13 @@ def measure_memory(work: Work, impl: str, layout: str) -> dict[str, float]:
 
 
 def memory(work: Work, impl: str, layout: str, threads: int) -> dict[str, float]:
-    """`measure_memory` in a process of its own."""
+    """`measure_memory` in a process of its own, whose allocator gives freed memory back at once: the
+    peak is then what was in use, not what fragments kept."""
     request = json.dumps({"work": asdict(work), "impl": impl, "layout": layout, "threads": threads})
     done = subprocess.run(
         [sys.executable, __file__, "--memory-of", request],
         capture_output=True, text=True, check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
     )  # fmt: skip
     if done.returncode != 0:
         raise SystemExit(done.stderr)

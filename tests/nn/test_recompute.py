@@ -63,6 +63,15 @@ def test_results_of_norms_are_not_kept() -> None:
         del y
 
 
+def test_inference_frees_what_norms_have_read() -> None:
+    block, x = ResBlock3d(8, 8), _input(8)
+    seen, alive = _watch(block.conv1, block.norm2), []
+    block.conv2.register_forward_pre_hook(lambda _m, _i: alive.extend(r() for r in seen))
+    with torch.no_grad():
+        block(x)
+    assert [t is not None for t in alive] == [False, True]
+
+
 def test_changes_in_place_are_noticed() -> None:
     block, x = ResBlock3d(8, 8), _input(8)
     y = block(x)

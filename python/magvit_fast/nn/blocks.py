@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from magvit_fast.nn.attention import SelfAttention
@@ -41,7 +42,11 @@ class ResBlock3d(nn.Module):
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
         y = norm_then(self.norm1, self.conv1, x, state)
-        y = norm_then(self.norm2, self.conv2, y, state)
+        if torch.is_grad_enabled():
+            y = norm_then(self.norm2, self.conv2, y, state)
+        else:  # by name, so that what the norm has read is free before the convolution
+            y = self.norm2(y)
+            y = self.conv2(y, state)
         skip = x if self.shortcut is None else self.shortcut(x, state)
         out: Tensor = skip + y
         return out
