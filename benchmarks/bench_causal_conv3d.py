@@ -1,7 +1,8 @@
-"""causal_conv3d: forward and both gradients against the two layouts of PyTorch's convolution.
+"""causal_conv3d: forward, each gradient and all three ("training") against PyTorch's two layouts.
 
-PyTorch pays for its own padding in the forward pass (F.pad, as every implementation in PyTorch does)
-and gets its gradients of the padded tensor without undoing the padding, which is in its favor.
+PyTorch pays for its own padding in the forward pass and in training (F.pad, as every implementation in
+PyTorch does) and gets a single gradient of the padded tensor without undoing the padding, which is in
+its favor.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def _native(
     stride = p.get("stride", 1)
     if work == "forward":
         return lambda: mf.causal_conv3d(x, w, b, stride=stride, impl="native")
+    if work == "training":
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        return lambda: torch.autograd.grad(
+            mf.causal_conv3d(x, w, b, stride=stride, impl="native"), (x, w), dy
+        )
     # Only the wanted gradient is asked for: a torch.autograd.Function cannot see that autograd.grad
     # will drop the other one, while PyTorch's own convolution can.
     wanted = (x if work == "input_grad" else w).detach().requires_grad_()
@@ -58,6 +64,11 @@ def _torch(x: Tensor, w: Tensor, b: Tensor, dy: Tensor, p: dict, work: str) -> C
         inner = [0, 0, 0]
     if work == "forward":
         return lambda: F.conv3d(F.pad(x, pads), w, b, stride, inner)
+    if work == "training":
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        return lambda: torch.autograd.grad(
+            F.conv3d(F.pad(x, pads), w, b, stride, inner), (x, w), dy
+        )
     padded = F.pad(x, pads).detach().requires_grad_()
     w = w.detach().requires_grad_()
     y = F.conv3d(padded, w, b, stride, inner)
@@ -66,7 +77,7 @@ def _torch(x: Tensor, w: Tensor, b: Tensor, dy: Tensor, p: dict, work: str) -> C
 
 
 @pytest.mark.parametrize("impl", ["native", "torch_contiguous", "torch_channels_last"])
-@pytest.mark.parametrize("work", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize("work", ["forward", "input_grad", "weight_grad", "training"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p["name"])
 def test_causal_conv3d(benchmark, problem: dict, dtype: str, work: str, impl: str) -> None:
@@ -85,6 +96,7 @@ def test_causal_conv3d(benchmark, problem: dict, dtype: str, work: str, impl: st
     run = (_native if impl == "native" else _torch)(x, w, b, dy, problem, work)
     benchmark.group = f"causal_conv3d {problem['name']} {dtype} {work}"
     benchmark.extra_info["impl"] = impl
-    if impl == "native" and "target" in problem:
-        benchmark.extra_info["target"] = problem["target"]
+    target = problem.get("target", {}).get(f"{dtype} {work}")
+    if impl == "native" and target is not None:
+        benchmark.extra_info["target"] = target
     benchmark(run)
