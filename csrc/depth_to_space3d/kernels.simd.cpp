@@ -31,14 +31,16 @@ void runs(const DepthToSpace3dParams& p, const DepthToSpace3dRow& row) {
 template <class T>
 void interleave(const DepthToSpace3dParams& p, const DepthToSpace3dRow& row) {
   const index_t factor = p.factor[2];
-  const T* from = static_cast<const T*>(p.from) + (p.to_depth ? row.wide : row.deep);
-  T* to = static_cast<T*>(p.to) + (p.to_depth ? row.deep : row.wide);
+  const T* from = static_cast<const T*>(p.from);
+  T* to = static_cast<T*>(p.to);
   for (index_t k = 0; k < factor; ++k) {
+    const index_t deep = row.deep + k * row.part, wide = row.wide + k;
     if (!p.to_depth)
-      for (index_t w = 0; w < p.width; ++w) to[w * factor + k] = from[k * row.part + w];
+      for (index_t w = 0; w < p.width; ++w) to[wide + w * factor] = from[deep + w];
+    else if (row.dropped)
+      for (index_t w = 0; w < p.width; ++w) to[deep + w] = T{};
     else
-      for (index_t w = 0; w < p.width; ++w)
-        to[k * row.part + w] = row.dropped ? T{} : from[w * factor + k];
+      for (index_t w = 0; w < p.width; ++w) to[deep + w] = from[wide + w * factor];
   }
 }
 
