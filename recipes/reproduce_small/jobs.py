@@ -25,6 +25,7 @@ from magvit_fast.models.inflation import inflate
 from magvit_fast.models.tokenizers import load_tokenizer, new_tokenizer
 from magvit_fast.models.video_tokenizer import VideoTokenizer
 from magvit_fast.nn.vector_quantize import VectorQuantizer
+from magvit_fast.training.checkpoints import latest_checkpoint
 from magvit_fast.training.config import (
     TokenizerTraining,
     TransformerTraining,
@@ -32,10 +33,14 @@ from magvit_fast.training.config import (
 )
 from magvit_fast.training.maskvit_config import MaskViTTraining
 from magvit_fast.training.maskvit_loop import train_maskvit
+from magvit_fast.training.run import TrainingResult, new_accelerator
+from magvit_fast.training.tokenization import open_or_write_tokens
 from magvit_fast.training.tokenizer_loop import train_tokenizer
-from magvit_fast.training.transformer_loop import train_transformer
+from magvit_fast.training.transformer_loop import tasks_of, train_transformer
 
 _CALIBRATION_CLIPS = 128
+_CODEBOOK_CLIPS = 64
+_LATENT_LAYERS = ("encoder.conv_out.", "decoder.conv_in.", "quantizer.")
 
 
 class Runner:
@@ -84,10 +89,8 @@ class Runner:
         recipe = self._recipe(job, table, TokenizerTraining)
         if not start.exists():
             self._prepare(job, recipe, start)
-        began = time.process_time()
-        trained = train_tokenizer(recipe, progress=False)
-        seconds = time.process_time() - began
-        tokenizer = load_tokenizer(trained.output).eval()
+        output, seconds = self._trained(job, lambda: train_tokenizer(recipe, progress=False))
+        tokenizer = load_tokenizer(output).eval()
         clips, features = self._measured(recipe.data.frames, recipe.data.size)
         return {
             **_size_of(tokenizer, recipe.run.steps, seconds),
@@ -106,9 +109,11 @@ class Runner:
             begin_calmly(tokenizer)
         else:
             source = load_tokenizer(self._output(job.start, "tokenizer"))
-            inflate(tokenizer, source, "last" if tokenizer.config.causal else "central")
+            # All but the latent's two layers, which fit the one vocabulary that the source has.
+            given = {n: p for n, p in source.named_parameters() if not n.startswith(_LATENT_LAYERS)}
+            inflate(tokenizer, given, "last" if tokenizer.config.causal else "central")
         if isinstance(tokenizer.quantizer, VectorQuantizer):
-            video = self.clips.reference(64, recipe.data.frames, recipe.data.size)
+            video = self.clips.reference(_CODEBOOK_CLIPS, recipe.data.frames, recipe.data.size)
             codebook_from_clips(tokenizer, video)
         tokenizer.save_pretrained(folder)
 
@@ -134,11 +139,12 @@ class Runner:
         }
         return merged(merged(job.recipe, paths), more)
 
-    def _stage_two_scores(self, job: Job, recipe: Any, train: Callable[[], Any]) -> dict[str, Any]:
-        began = time.process_time()
-        output = train().output
-        seconds = time.process_time() - began
+    def _stage_two_scores(
+        self, job: Job, recipe: Any, train: Callable[[], TrainingResult]
+    ) -> dict[str, Any]:
         tokenizer = load_tokenizer(recipe.tokenizer).eval()
+        _write_tokens(recipe, tokenizer)  # first, so that no variant's time has it
+        output, seconds = self._trained(job, train)
         transformer = _load_transformer(recipe, output)
         clips, features = self._measured(recipe.data.frames, recipe.data.size)
         scores = measure.generation_scores(
@@ -160,6 +166,14 @@ class Runner:
         return {"scores": costs.attention_costs(**job.evaluate)}
 
     # ---- small things -----------------------------------------------------------------------------
+    def _trained(self, job: Job, train: Callable[[], TrainingResult]) -> tuple[Path, float | None]:
+        """The trained model's folder and the CPU seconds (None where only the rest was trained)."""
+        checkpoints = self._output(job.name, "checkpoints")
+        whole = latest_checkpoint(checkpoints) is None
+        began = time.process_time()
+        output = train().output
+        return output, time.process_time() - began if whole else None
+
     def _output(self, job: str, what: str) -> Path:
         return self.work / "models" / job / what
 
@@ -201,6 +215,15 @@ def codebook_from_clips(tokenizer: VideoTokenizer, video: Tensor) -> None:
     codebook.copy_(rows[chosen] + 0.01 * rows.std() * torch.randn_like(codebook))
 
 
+def _write_tokens(recipe: Any, tokenizer: VideoTokenizer) -> None:
+    accelerator = new_accelerator(recipe.run)
+    if isinstance(recipe, MaskViTTraining):
+        open_or_write_tokens(accelerator, recipe, tokenizer, progress=False)
+    else:
+        tasks, mode = tasks_of(recipe.task), recipe.task.condition_mode
+        open_or_write_tokens(accelerator, recipe, tokenizer, tasks, mode=mode, progress=False)
+
+
 def _load_transformer(recipe: Any, folder: Path) -> Any:
     if isinstance(recipe, MaskViTTraining):
         return MaskViTTransformer.from_pretrained(folder).eval()
@@ -208,11 +231,11 @@ def _load_transformer(recipe: Any, folder: Path) -> Any:
     return kind[recipe.objective].from_pretrained(folder).eval()
 
 
-def _size_of(model: nn.Module, steps: int, seconds: float) -> dict[str, Any]:
+def _size_of(model: nn.Module, steps: int, seconds: float | None) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
-        "training_cpu_seconds": round(seconds, 1),
+        "training_cpu_seconds": None if seconds is None else round(seconds, 1),
     }
 
 
