@@ -101,9 +101,9 @@ def of_conv(weight: Tensor, numbers: list[int], forward: bool) -> Tensor:
         numbers: what the core reads into a Conv3dShape; the last one says whether weights are packed.
         forward: for the forward pass; else for the input gradient.
     """
-    if weight.device.type != "cpu":
-        return weight.contiguous()
     core, where, how = _native.launcher(weight.device)
+    if not hasattr(core, "causal_conv3d_packing"):  # CUDA's core packs on the device, at every call
+        return weight.contiguous()
     nbytes, kind = core.causal_conv3d_packing(numbers, forward, where, how)
 
     def pack(form: Tensor) -> None:
