@@ -185,8 +185,9 @@ def test_convolutions(kind: str, order: str) -> None:
     patched = module(x)
     assert patched.shape == plain.shape
     assert_close(patched, plain, exact, kind)
-    if kind.startswith("3d") and len(size) == 5:
-        assert patched.stride() == x.new_empty(0).set_(plain).stride() or patched.is_contiguous()
+    if len(size) == 5:  # the order of the input, as PyTorch's
+        wanted = torch.channels_last_3d if "last" in order else torch.contiguous_format
+        assert patched.is_contiguous(memory_format=wanted)
 
 
 def test_weights_in_channels_last_order_give_results_in_it() -> None:
@@ -350,3 +351,13 @@ def test_under_autocast_and_compile() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(module(x), half, atol=0.05, rtol=0.05)
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), plain)
+
+
+def test_autocast_keeps_every_convolution_native() -> None:
+    """The second one gets bfloat16 for its float32 weights."""
+    model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Conv3d(4, 4, 3))
+    x = torch.randn(1, 2, 6, 7, 7)
+    mf.patch(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Calls() as calls:
+        assert model(x).dtype == torch.bfloat16
+    assert (calls.torch, calls.native) == (0, 2)

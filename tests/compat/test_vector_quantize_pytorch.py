@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import magvit_fast as mf
+from magvit_fast.compat import vector_quantize_pytorch as ours_module
 from magvit_fast.compat.vector_quantize_pytorch import LFQ, clamped_excess
 
 peer = pytest.importorskip("vector_quantize_pytorch")
@@ -133,7 +134,7 @@ def test_patch_takes_their_module() -> None:
     model = torch.nn.Sequential(theirs)
     x = torch.randn(2, 16, 3, 4, 4)
     plain = step(theirs, x)
-    report = mf.patch(model)
+    report = mf.patch(model, verify=True)
     assert report.count("lfq") == 1
     patched = step(theirs, x)
     assert isinstance(theirs, peer.LFQ)
@@ -142,6 +143,19 @@ def test_patch_takes_their_module() -> None:
     torch.testing.assert_close(patched[1].batch_entropy, plain[1].batch_entropy)
     assert mf.unpatch(model) == 1
     assert type(theirs) is peer.LFQ
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_verification_of_a_quantizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, _ = pair(**OPTIONS[name])
+    state = torch.get_rng_state()
+    assert mf.patch(theirs, verify=True).count("lfq") == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    mf.unpatch(theirs)
+    monkeypatch.setattr(ours_module, "LOG_CLAMP", 1e-2)
+    report = mf.patch(theirs, verify=True)
+    assert not report.swapped
+    assert "losses differ" in report.left[0].note
 
 
 def test_trains_like_theirs() -> None:

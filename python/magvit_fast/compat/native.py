@@ -82,7 +82,9 @@ class NativeConv:
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         module: Any = self
         axes = weight.dim() - 2
-        if x.dim() not in (axes + 1, axes + 2) or not served(x) or x.dtype != weight.dtype:
+        # Under autocast the op casts both; elsewhere PyTorch's own error says what does not fit.
+        alike = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+        if x.dim() not in (axes + 1, axes + 2) or not served(x) or not alike:
             own: Tensor = super()._conv_forward(x, weight, bias)  # type: ignore[misc]
             return own
         batched = x if x.dim() == axes + 2 else x.unsqueeze(0)

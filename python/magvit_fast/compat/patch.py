@@ -241,11 +241,13 @@ def _probe(module: Any) -> Tensor | None:
 
 def _disagreement(module: Any) -> str | None:
     """Why the native form of `module` is refused, None where it is as good as the module's own."""
+    own = native.own_class(module)
+    assert own is not None
+    if _is_lfq(module):
+        return _lfq_disagreement(module, own)
     x = _probe(module)
     if x is None or x.device.type == "meta":
         return None
-    own = native.own_class(module)
-    assert own is not None
     conv = isinstance(module, CONVOLUTIONS)
 
     def run(cls: Any, convert: Callable[[Tensor], Tensor]) -> Tensor:
@@ -267,3 +269,22 @@ def _disagreement(module: Any) -> str | None:
     if error <= allowed:
         return None
     return f"on random input its error is {error:.3g}, allowed {allowed:.3g}"
+
+
+def _lfq_disagreement(module: Any, own: Any) -> str | None:
+    """`_disagreement` for a quantizer: ids, codes and losses, as it stands (training or evaluation)."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 8, module.dim, generator=generator).to(module.zero.device)
+    x = features.movedim(-1, 1) if module.channel_first else features
+    results = []
+    for forward in (own.forward, type(module).forward):
+        with torch.random.fork_rng(), torch.no_grad():  # a fraction of positions is drawn
+            torch.manual_seed(0)
+            results.append(forward(module, x, inv_temperature=1.0))
+    plain, ours = results
+    close = torch.allclose(ours.quantized, plain.quantized, atol=1e-5) and torch.allclose(
+        ours.entropy_aux_loss, plain.entropy_aux_loss, atol=2e-5, rtol=1e-4
+    )
+    if close and torch.equal(ours.indices, plain.indices):
+        return None
+    return "on random input its ids, codes or losses differ"
