@@ -13,12 +13,16 @@ from magvit_fast.cli.main import main
 from magvit_fast.data.synthetic import render_clip
 from magvit_fast.data.video import write_video
 from magvit_fast.models import (
+    FrameTokenizer,
+    FrameTokenizerConfig,
     MagvitConfig,
     MagvitTokenizer,
     MagvitV2Config,
     MagvitV2Tokenizer,
     MaskedTransformer,
     MaskedTransformerConfig,
+    MaskViTConfig,
+    MaskViTTransformer,
 )
 from magvit_fast.tasks import TASKS
 
@@ -142,3 +146,23 @@ def fails(cli: Callable[..., Result]) -> Callable[..., str]:
         return lines[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def maskvit_pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """16 x 16 pixels -> 4 x 4 tokens of 4 bits a frame; 6 frames, actions of 2 numbers."""
+    folder = tmp_path_factory.mktemp("maskvit")
+    torch.manual_seed(0)
+    FrameTokenizer(
+        FrameTokenizerConfig(
+            filters=8, channel_multipliers=(1, 2, 2), num_res_blocks=1, codebook_size=16,
+            embedding_dim=4, norm_groups=4,
+        )
+    ).save_pretrained(folder / "tokenizer")  # fmt: skip
+    MaskViTTransformer(
+        MaskViTConfig(
+            frames=6, grid=(4, 4), window=(2, 2), codebook_size=16, action_dim=2, hidden_size=16,
+            num_blocks=1, num_heads=2, mlp_size=32, init_std=0.5,
+        )
+    ).save_pretrained(folder / "transformer")  # fmt: skip
+    return ["--tokenizer", str(folder / "tokenizer"), "--transformer", str(folder / "transformer")]

@@ -17,31 +17,8 @@ from magvit_fast.data.video import probe, read_video, write_video
 from magvit_fast.metrics import psnr
 from magvit_fast.models import (
     FrameTokenizer,
-    FrameTokenizerConfig,
-    MaskViTConfig,
-    MaskViTTransformer,
     load_transformer,
 )
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """16 x 16 pixels -> 4 x 4 tokens of 4 bits a frame; 6 frames, actions of 2 numbers."""
-    folder = tmp_path_factory.mktemp("maskvit")
-    torch.manual_seed(0)
-    FrameTokenizer(
-        FrameTokenizerConfig(
-            filters=8, channel_multipliers=(1, 2, 2), num_res_blocks=1, codebook_size=16,
-            embedding_dim=4, norm_groups=4,
-        )
-    ).save_pretrained(folder / "tokenizer")  # fmt: skip
-    MaskViTTransformer(
-        MaskViTConfig(
-            frames=6, grid=(4, 4), window=(2, 2), codebook_size=16, action_dim=2, hidden_size=16,
-            num_blocks=1, num_heads=2, mlp_size=32, init_std=0.5,
-        )
-    ).save_pretrained(folder / "transformer")  # fmt: skip
-    return ["--tokenizer", str(folder / "tokenizer"), "--transformer", str(folder / "transformer")]
 
 
 @pytest.fixture(scope="module")
@@ -58,27 +35,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("frames", [1, 17])
 def test_tokens_there_and_back(
-    cli: Callable, pair: list[str], clip: str, tmp_path: Path, frames: int
+    cli: Callable, maskvit_pair: list[str], clip: str, tmp_path: Path, frames: int
 ) -> None:
     tokens, video = tmp_path / "t.safetensors", tmp_path / "v.mp4"
-    result = cli("tokenize", clip, "-o", tokens, *pair[:2], "--frames", str(frames))
+    result = cli("tokenize", clip, "-o", tokens, *maskvit_pair[:2], "--frames", str(frames))
     assert result.status == 0, result.err
     header, tensors = load_tokens(tokens)
     assert header.video == (frames, 24, 32)
-    tokenizer = FrameTokenizer.from_pretrained(pair[1])
+    tokenizer = FrameTokenizer.from_pretrained(maskvit_pair[1])
     with torch.inference_mode():
         expected = tokenizer.encode(read_video(clip, frames=frames).unsqueeze(0))
     assert torch.equal(tensors["ids"], expected)
-    assert cli("detokenize", tokens, "-o", video, *pair[:2]).status == 0
+    assert cli("detokenize", tokens, "-o", video, *maskvit_pair[:2]).status == 0
     assert probe(video).frames == frames
 
 
-def test_bench_and_reconstruction(cli: Callable, pair: list[str], clip: str) -> None:
-    words = ("bench", *pair[:2], "--size", "16", "--repeats", "1", "--json")
+def test_bench_and_reconstruction(cli: Callable, maskvit_pair: list[str], clip: str) -> None:
+    words = ("bench", *maskvit_pair[:2], "--size", "16", "--repeats", "1", "--json")
     result = cli(*words)
     assert result.status == 0, result.err
     assert json.loads(result.out)["encode_seconds"] > 0
-    words = ("evaluate", clip, *pair[:2], "--size", "16", "--frames", "6", "--json")
+    words = ("evaluate", clip, *maskvit_pair[:2], "--size", "16", "--frames", "6", "--json")
     result = cli(*words)
     assert result.status == 0, result.err
     facts = json.loads(result.out)
@@ -87,9 +64,18 @@ def test_bench_and_reconstruction(cli: Callable, pair: list[str], clip: str) -> 
 
 
 def test_prediction_under_its_protocol_with_the_recorded_actions(
-    cli: Callable, pair: list[str], folder: Path
+    cli: Callable, maskvit_pair: list[str], folder: Path
 ) -> None:
-    words = ("evaluate", folder, *pair, "--protocol", "bair-maskvit", "--steps", "2", "--json")
+    words = (
+        "evaluate",
+        folder,
+        *maskvit_pair,
+        "--protocol",
+        "bair-maskvit",
+        "--steps",
+        "2",
+        "--json",
+    )
     result = cli(*words, "--generated", "4", "--batch", "4")
     assert result.status == 0, result.err
     facts = json.loads(result.out)
@@ -100,24 +86,32 @@ def test_prediction_under_its_protocol_with_the_recorded_actions(
     real = torch.stack([read_video(folder / f"{n}.mp4", frames=6, size=16) for n in order])
     actions = torch.stack([torch.from_numpy(np.load(folder / f"{n}.npy"))[:6] for n in order])
     made = mf.generate(
-        FrameTokenizer.from_pretrained(pair[1]), load_transformer(pair[3]),
+        FrameTokenizer.from_pretrained(maskvit_pair[1]), load_transformer(maskvit_pair[3]),
         task="frame_prediction", video=real, actions=actions, steps=2,
     )  # fmt: skip
     values = psnr(made, real).view(2, 2).amax(0)  # the same two clips twice
     assert facts["psnr"] == pytest.approx(float(values.mean()), rel=1e-4)
 
 
-def test_missing_actions(fails: Callable, pair: list[str], clip: str) -> None:
-    line = fails("evaluate", clip, *pair, "--task", "frame_prediction")
+def test_missing_actions(fails: Callable, maskvit_pair: list[str], clip: str) -> None:
+    line = fails("evaluate", clip, *maskvit_pair, "--task", "frame_prediction")
     assert "has no actions beside it" in line
 
 
 def test_a_sheet_says_what_is_not_served(
-    cli: Callable, pair: list[str], clip: str, tmp_path: Path
+    cli: Callable, maskvit_pair: list[str], clip: str, tmp_path: Path
 ) -> None:
     """Region tasks are none of MaskViT's, and without --actions its predictions are not either."""
     pytest.importorskip("matplotlib")
-    words = ("generate", "--task", "all", "--sheet", tmp_path / "sheet.png", *pair, "--json")
+    words = (
+        "generate",
+        "--task",
+        "all",
+        "--sheet",
+        tmp_path / "sheet.png",
+        *maskvit_pair,
+        "--json",
+    )
     result = cli(*words, "--video", clip, "--steps", "2")
     assert result.status == 0, result.err
     tasks = json.loads(result.out)["tasks"]

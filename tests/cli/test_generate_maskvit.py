@@ -16,34 +16,11 @@ import magvit_fast as mf
 from magvit_fast.data.video import probe, read_video, write_video
 from magvit_fast.models import (
     FrameTokenizer,
-    FrameTokenizerConfig,
-    MaskViTConfig,
-    MaskViTTransformer,
     load_transformer,
 )
 from magvit_fast.tasks import TASKS
 
 PREDICT = ("generate", "--task", "frame_prediction", "--steps", "3")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """16 x 16 pixels -> 4 x 4 tokens of 4 bits a frame; 6 frames, actions of 2 numbers."""
-    folder = tmp_path_factory.mktemp("maskvit")
-    torch.manual_seed(0)
-    FrameTokenizer(
-        FrameTokenizerConfig(
-            filters=4, channel_multipliers=(1, 1, 2), num_res_blocks=1, norm_groups=2,
-            codebook_size=16, embedding_dim=4,
-        )
-    ).save_pretrained(folder / "tokenizer")  # fmt: skip
-    MaskViTTransformer(
-        MaskViTConfig(
-            frames=6, grid=(4, 4), window=(2, 2), codebook_size=16, action_dim=2, hidden_size=16,
-            num_blocks=1, num_heads=2, mlp_size=32, init_std=0.5,
-        )
-    ).save_pretrained(folder / "transformer")  # fmt: skip
-    return ["--tokenizer", str(folder / "tokenizer"), "--transformer", str(folder / "transformer")]
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +31,20 @@ def actions(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_given_frames_goal_and_actions(
-    cli: Callable, pair: list[str], actions: str, clip: str, tmp_path: Path
+    cli: Callable, maskvit_pair: list[str], actions: str, clip: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "next.mp4"
     result = cli(
         *PREDICT, "--video", clip, "--start", "3", "--given", "2", "--goal", clip, "--actions",
-        actions, "-o", out, *pair, "--json",
+        actions, "-o", out, *maskvit_pair, "--json",
     )  # fmt: skip
     assert result.status == 0, result.err
     facts = json.loads(result.out)
     assert facts["shape"] == [1, 3, 6, 16, 16]
     assert facts["given_frames"] == 2
     expected = mf.generate(
-        FrameTokenizer.from_pretrained(pair[1]),
-        load_transformer(pair[3]),
+        FrameTokenizer.from_pretrained(maskvit_pair[1]),
+        load_transformer(maskvit_pair[3]),
         task=dataclasses.replace(TASKS["frame_prediction"], first=2),
         video=read_video(clip, frames=2, size=16, start=3).unsqueeze(0),
         goal=read_video(clip, frames=1, size=16)[:, 0].unsqueeze(0),
@@ -79,34 +56,42 @@ def test_given_frames_goal_and_actions(
 
 
 def test_long_video(
-    cli: Callable, pair: list[str], actions: str, clip: str, tmp_path: Path
+    cli: Callable, maskvit_pair: list[str], actions: str, clip: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "long.mp4"
     options = ("--video", clip, "--actions", actions, "--frames", "30", "-o", out)
-    result = cli(*PREDICT, *options, *pair)
+    result = cli(*PREDICT, *options, *maskvit_pair)
     assert result.status == 0, result.err
     assert "30 frames of 16 x 16, 1 given" in result.out
     assert probe(out).frames == 30
 
 
 def test_bad_input(
-    fails: Callable, pair: list[str], actions: str, clip: str, models: Any, tmp_path: Path
+    fails: Callable, maskvit_pair: list[str], actions: str, clip: str, models: Any, tmp_path: Path
 ) -> None:
     out = ("-o", tmp_path / "x.mp4")
     basic = (*PREDICT, "--video", clip, *out)
-    with_actions = (*basic, *pair, "--actions", actions)
-    assert "actions: the transformer needs [1, 6, 2]" in fails(*basic, *pair)
+    with_actions = (*basic, *maskvit_pair, "--actions", actions)
+    assert "actions: the transformer needs [1, 6, 2]" in fails(*basic, *maskvit_pair)
     assert "is too short: 5 rows from row 27 on" in fails(*with_actions, "--start", "27")
-    missing = fails(*basic, *pair, "--actions", tmp_path / "none.npy")
+    missing = fails(*basic, *maskvit_pair, "--actions", tmp_path / "none.npy")
     assert "none.npy: cannot be read as a NumPy array" in missing
     assert "guidance: expected 0, MaskViT" in fails(*with_actions, "--guidance", "2")
     assert "only a MaskViTTransformer takes them" in fails(*basic, *models.both, "--goal", clip)
     assert "--given: task outpainting_central is not given whole frames" in fails(
-        "generate", "--task", "outpainting_central", "--given", "2", "--video", clip, *out, *pair
+        "generate",
+        "--task",
+        "outpainting_central",
+        "--given",
+        "2",
+        "--video",
+        clip,
+        *out,
+        *maskvit_pair,
     )
-    joined = fails(*basic, "--tokenizer", models.tokenizer, "--transformer", pair[3])
+    joined = fails(*basic, "--tokenizer", models.tokenizer, "--transformer", maskvit_pair[3])
     assert "its 16 codes are 4 bits, but the tokenizer's ids have 6 bits" in joined
     assert "holds a FrameTokenizer, expected a MaskedTransformer or" in fails(
-        *basic, "--tokenizer", pair[1], "--transformer", pair[1]
+        *basic, "--tokenizer", maskvit_pair[1], "--transformer", maskvit_pair[1]
     )
     assert not (tmp_path / "x.mp4").exists()

@@ -70,29 +70,17 @@ def magvit2() -> Any:
 
 # --- diffusers' video autoencoders ------------------------------------------------------------
 # name -> (constructor arguments, clip [C, T, H, W]); norm groups of 8 in place of 32 where widths are small
+_WAN: dict[str, Any] = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "latents_mean": [0.0] * 4,
+    "latents_std": [1.0] * 4,
+}
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int, int, int]]] = {
-    "AutoencoderKLWan": (
-        {
-            "base_dim": 8,
-            "z_dim": 4,
-            "dim_mult": [1, 2, 2, 2],
-            "num_res_blocks": 1,
-            "latents_mean": [0.0] * 4,
-            "latents_std": [1.0] * 4,
-        },
-        (3, 9, 16, 16),
-    ),
-    "AutoencoderKLQwenImage": (
-        {
-            "base_dim": 8,
-            "z_dim": 4,
-            "dim_mult": [1, 2, 2, 2],
-            "num_res_blocks": 1,
-            "latents_mean": [0.0] * 4,
-            "latents_std": [1.0] * 4,
-        },
-        (3, 5, 16, 16),
-    ),
+    "AutoencoderKLWan": (_WAN, (3, 9, 16, 16)),
+    "AutoencoderKLQwenImage": (_WAN, (3, 5, 16, 16)),
     "AutoencoderKLCogVideoX": (
         {
             "down_block_types": ("CogVideoXDownBlock3D",) * 4,
