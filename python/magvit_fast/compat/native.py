@@ -40,17 +40,14 @@ PAD_MODES = ("zeros", "replicate", "reflect")
 def _triple(values: tuple[int, ...], fill: int) -> list[int]:
     """Per-axis values of a 1-, 2- or 3-D convolution as (time, height, width).
 
-    The one axis of Conv1d is taken for time, the two of Conv2d for the plane.
+    The one axis of Conv1d is taken for the width, along which the kernels work on many results at once.
     """
-    missing = [fill] * (3 - len(values))
-    return [*values, *missing] if len(values) == 1 else [*missing, *values]
+    return [*[fill] * (3 - len(values)), *values]
 
 
 def _five(x: Tensor) -> Tensor:
     """[N, C, L], [N, C, H, W] or [N, C, T, H, W] as five axes, a view."""
-    if x.dim() == 3:
-        return x[..., None, None]
-    return x.unsqueeze(2) if x.dim() == 4 else x
+    return x[(slice(None), slice(None), *[None] * (5 - x.dim()))]
 
 
 def _pads(module: nn.Conv3d) -> list[int]:
@@ -102,7 +99,7 @@ class NativeConv:
             space_mode=mode,
         )
         if axes < 3:
-            y = y[..., 0, 0] if axes == 1 else y.squeeze(2)
+            y = y[:, :, 0, 0] if axes == 1 else y.squeeze(2)
         return y if x.dim() == axes + 2 else y.squeeze(0)
 
 
