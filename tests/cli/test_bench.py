@@ -1,0 +1,81 @@
+"""`bench`: a tokenizer of ours, and any model of others before and after patching."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+def test_bench(cli: Callable, models: Any) -> None:
+    words = ("bench", "--tokenizer", models.tokenizer, "--frames", "5", "--size", "16")
+    result = cli(*words, "--repeats", "1", "--json")
+    facts = json.loads(result.out)
+    assert facts["shape"] == [1, 3, 5, 16, 16]
+    for part in ("encode", "decode"):
+        ours, reference = facts[f"{part}_seconds"], facts[f"reference_{part}_seconds"]
+        assert facts[f"{part}_speedup"] == pytest.approx(reference / ours)
+    assert "frames/s" in cli(*words, "--repeats", "1", "--dtype", "bfloat16").out
+
+
+def test_bench_of_a_first_generation_tokenizer(cli: Callable, first_generation: list[str]) -> None:
+    words = ("bench", *first_generation[:2], "--size", "16", "--repeats", "1", "--json")
+    result = cli(*words)
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["shape"] == [1, 3, 16, 16, 16]
+
+
+def test_bench_bad_input(fails: Callable, models: Any) -> None:
+    assert "no preset 'fast'" in fails("bench", "--preset", "fast")
+    both = ("--preset", "magvit-v2-demo", "--tokenizer", models.tokenizer)
+    assert "got both" in fails("bench", *both)
+
+
+class Codec(torch.nn.Module):
+    """A model with encode and decode, as third parties have them."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.down = torch.nn.Conv3d(3, width, 3, stride=2, padding=1)
+        self.up = torch.nn.ConvTranspose3d(width, 3, 2, stride=2)
+
+    def encode(self, video: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.down(video),)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.up(latent)
+
+
+def test_bench_of_a_third_party_model(cli: Callable) -> None:
+    words = ("bench", "--model", f"{__name__}:Codec", "--frames", "4", "--size", "16")
+    sized = (*words, "--repeats", "1", "--config", '{"width": 4}')
+    facts = json.loads(cli(*sized, "--json").out)
+    assert facts["swapped"] == 1
+    assert "transposed" in facts["left"][0]
+    assert facts["encode_difference"] < 1e-5
+    assert facts["decode_difference"] == 0
+    assert facts["encode_seconds"] > 0
+    assert facts["patched_decode_peak_bytes"] is None or facts["patched_decode_peak_bytes"] >= 0
+    text = cli(*words, "--repeats", "1").out
+    assert "left alone: up (ConvTranspose3d)" in text
+
+
+def test_bench_of_a_model_without_encode(cli: Callable) -> None:
+    words = ("bench", "--model", "torch.nn:Conv3d", "--frames", "2", "--size", "8", "--json")
+    arguments = '{"in_channels": 3, "out_channels": 4, "kernel_size": 1}'
+    facts = json.loads(cli(*words, "--config", arguments).out)
+    assert facts["parts"] == ["forward"]
+
+
+def test_bench_of_a_model_bad_input(fails: Callable) -> None:
+    assert "MODULE:CLASS" in fails("bench", "--model", "torch.nn")
+    assert "MODULE:CLASS" in fails("bench", "--model", "torch.nn:Nothing")
+    assert "'no_such_package'" in fails("bench", "--model", "no_such_package:Model")
+    assert "does not take" in fails("bench", "--model", "torch.nn:Conv3d", "--config", "[]")
+    assert "torch.nn.Module" in fails("bench", "--model", "builtins:dict")
+    assert "--config" in fails("bench", "--config", "{}")
+    both = ("--model", "torch.nn:Conv3d", "--preset", "magvit-v2-demo")
+    assert "--preset" in fails("bench", *both)
