@@ -50,7 +50,7 @@ def _five(x: Tensor) -> Tensor:
     return x[(slice(None), slice(None), *[None] * (5 - x.dim()))]
 
 
-def _pads(module: nn.Conv3d) -> list[int]:
+def pads(module: nn.Conv3d) -> list[int]:
     """(front, back, top, bottom, left, right); "same" puts the smaller half first as PyTorch does."""
     kernel, dilation = module.kernel_size, module.dilation
     if module.padding == "valid":
@@ -73,6 +73,43 @@ def _layout(x: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
+def pad_plane(x: Tensor, sides: list[int], mode: str) -> Tensor:
+    """x [T, H, W] with (top, bottom, left, right) more rows and columns."""
+    top, bottom, left, right = sides
+    how = "constant" if mode == "zeros" else mode
+    return F.pad(x[None], (left, right, top, bottom), mode=how)[0]
+
+
+def convolve(
+    module: Any,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    **how: Any,
+) -> Tensor:
+    """x [B, C, ...], of the convolution's number of axes, through ops.causal_conv3d.
+
+    Args:
+        module: stride, dilation and groups, and weight and bias where none are given.
+        how: padding, time_mode, space_mode and history of the op.
+    """
+    if weight is None:
+        weight, bias = module.weight, module.bias
+    kernel = _five(weight)
+    y = ops.causal_conv3d(
+        _layout(_five(x), kernel),
+        kernel,
+        bias,
+        stride=tuple(_triple(module.stride, 1)),
+        dilation=tuple(_triple(module.dilation, 1)),
+        groups=module.groups,
+        **how,
+    )
+    if x.dim() == 5:
+        return y
+    return y[:, :, 0, 0] if x.dim() == 3 else y.squeeze(2)
+
+
 class NativeConv:
     """Mixin over nn.Conv1d, nn.Conv2d and nn.Conv3d: `_conv_forward` through ops.causal_conv3d."""
 
@@ -86,20 +123,9 @@ class NativeConv:
             return own
         batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
         mode = module.padding_mode
-        kernel = _five(weight)
-        y = ops.causal_conv3d(
-            _layout(_five(batched), kernel),
-            kernel,
-            bias,
-            stride=tuple(_triple(module.stride, 1)),
-            dilation=tuple(_triple(module.dilation, 1)),
-            groups=module.groups,
-            padding=_pads(module),
-            time_mode=mode,
-            space_mode=mode,
+        y = convolve(
+            module, batched, weight, bias, padding=pads(module), time_mode=mode, space_mode=mode
         )
-        if axes < 3:
-            y = y[:, :, 0, 0] if axes == 1 else y.squeeze(2)
         return y if x.dim() == axes + 2 else y.squeeze(0)
 
 
@@ -149,7 +175,7 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Copies stay native; a pickle names the module's own class and the mixin, both importable."""
     made = type(self)
     own = made.__dict__["_magvit_fast_own"]
-    return _rebuild, (own, made.__bases__[0]), self.__getstate__()
+    return _rebuild, (own, made.__bases__[0]), dict(vars(self))
 
 
 def _rebuild(own: type[nn.Module], mixin: type) -> nn.Module:

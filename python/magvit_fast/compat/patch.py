@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magvit_fast.compat import native
+from magvit_fast.compat import folding, native
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -94,7 +94,8 @@ def _is_lfq(module: nn.Module) -> bool:
 def _find(module: nn.Module) -> tuple[str, type, str | None] | None:
     """(op, mixin, obstacle) for a module of a kind that is patched; None for any other."""
     if isinstance(module, CONVOLUTIONS):
-        return "causal_conv3d", native.NativeConv, _conv_obstacle(module)
+        mixin = folding.FoldedConv if folding.pads_itself(module) else native.NativeConv
+        return "causal_conv3d", mixin, _conv_obstacle(module)
     if isinstance(module, nn.GroupNorm):
         return "group_norm_silu", native.NativeGroupNorm, _norm_obstacle(module)
     if _is_lfq(module):
@@ -168,6 +169,8 @@ def patch(
             report.swapped.append(Entry(name, kind, op, note))
         else:
             report.left.append(Entry(name, kind, op, obstacle))
+    if "causal_conv3d" in chosen:
+        _fold_wrappers(model)
     if "group_norm_silu" in chosen:
         _fuse_activations(model)
     return report
@@ -176,9 +179,11 @@ def patch(
 def unpatch(model: nn.Module) -> int:
     """Give every module that `patch` swapped its own class back; returns how many there were."""
     swapped = [m for m in model.modules() if native.own_class(m) is not None]
+    helpers = (native.PassedThrough, folding.FoldedWrapper)
+    count = sum(not isinstance(module, helpers) for module in swapped)
     for module in swapped:
         _restore(module)
-    return sum(not isinstance(module, nn.SiLU) for module in swapped)
+    return count
 
 
 def _restore(module: nn.Module) -> None:
@@ -196,6 +201,12 @@ def _reorder(module: Any) -> None:
     if order is not None and module.weight.is_contiguous():
         module.weight.data = module.weight.data.contiguous(memory_format=order)
         module._magvit_fast_reordered = True
+
+
+def _fold_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        if native.own_class(module) is None and folding.wraps_convolution(module):
+            module.__class__ = native.native_class(type(module), folding.FoldedWrapper)
 
 
 def _fuse_activations(model: nn.Module) -> None:
