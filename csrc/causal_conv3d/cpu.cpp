@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "causal_conv3d/causal_conv3d.h"
+#include "causal_conv3d/cpu_join.h"
 #include "causal_conv3d/cpu_pack.h"
 #include "causal_conv3d/cpu_sides.h"
 #include "causal_conv3d/cpu_tables.h"
@@ -28,7 +29,7 @@ struct Packing {
 };
 
 index_t packed_bytes(const Packing& p) {
-  return packed_size(p.weight, p.layout) * (p.layout.type == DType::bf16 ? 2 : 4);
+  return packed_size(p.weight, p.layout) * dtype_bytes(p.layout.type);
 }
 
 // Products of bfloat16 in hardware.
@@ -46,6 +47,11 @@ Packing gather_packing(const Conv3dShape& s, Direction direction, const void* we
   Packing packing{weight_view(s, direction, weight), {}};
   WeightView& view = packing.weight;
   if (!is_narrow(view.columns, view.reduce)) {
+    if (joins_row_taps(s.w, direction, view.reduce)) {
+      view.joined = s.w.kernel;
+      view.reduce *= view.joined;
+      view.taps /= view.joined;
+    }
     packing.layout = {gather_columns(isa), gather_lanes(isa), bf16, type};
     return packing;
   }
@@ -59,6 +65,7 @@ Packing gather_packing(const Conv3dShape& s, Direction direction, const void* we
 struct Plan {
   GatherParams params{};
   Packing packing{};
+  RowJoin join{};  // with `columns`, or
   float* wide_early = nullptr;
   float* wide_late = nullptr;
   void* zeros = nullptr;
@@ -89,8 +96,22 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   p.narrow = is_narrow(p.produce, p.reduce);
   plan.packing = gather_packing(s, direction, tensors.weight, isa);
   if (!s.packed) plan.packed = workspace.take<char>(packed_bytes(plan.packing));
+  const bool joined = plan.packing.weight.joined > 1;
+  if (joined) {
+    plan.join = {
+        p.source, p.source, s.dtype,    p.source_type,
+        s.batch,  s.groups, s.w.kernel, workspace.take<std::int32_t>(p.target.width * s.w.kernel)};
+    SplitTensor& to = plan.join.joined;
+    to.width = p.target.width;
+    to.channels *= s.w.kernel;
+    to.early = workspace.take<char>(elements(to, s.batch, true) * dtype_bytes(p.source_type));
+    to.late = workspace.take<char>(elements(to, s.batch, false) * dtype_bytes(p.source_type));
+    p.source = to;
+    p.reduce = plan.packing.weight.reduce;
+    p.kernel_w = 1;
+  }
   plan.zeros = workspace.take<float>(p.source.channels);
-  if (!bf16 && s.dtype != DType::f32) {
+  if (!joined && !bf16 && s.dtype != DType::f32) {
     plan.wide_early = workspace.take<float>(elements(p.source, s.batch, true));
     plan.wide_late = workspace.take<float>(elements(p.source, s.batch, false));
   }
@@ -98,15 +119,18 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   p.zeros = plan.zeros;
   p.t = gather_axis(s.t, direction, workspace);
   p.h = gather_axis(s.h, direction, workspace);
-  p.w = gather_width(s.w, direction, p.source.channels, workspace);
+  const AxisMap columns{p.target.width, p.target.width, 1, 1, 1, 0, PadMode::zeros};
+  p.w = joined ? gather_width(columns, Direction::forward, p.source.channels, workspace)
+               : gather_width(s.w, direction, p.source.channels, workspace);
   return plan;
 }
 
-void prepare(Plan& plan, const Conv3dShape& s, const ExecContext& ctx) {
+void prepare(Plan& plan, const Conv3dShape& s, Direction direction, const ExecContext& ctx) {
   GatherParams& p = plan.params;
   if (plan.packed)
     pack_weights(plan.packing.weight, plan.packing.layout, plan.packed, ctx.num_threads);
   std::memset(plan.zeros, 0, sizeof(float) * static_cast<std::size_t>(p.source.channels));
+  if (plan.join.columns) join_rows(plan.join, s.w, direction, ctx.num_threads);
   if (!plan.wide_late) return;
   const index_t early = elements(p.source, s.batch, true);
   if (early) widen(p.source.early, s.dtype, plan.wide_early, early, ctx.num_threads);
@@ -128,6 +152,7 @@ struct Blocks {
     rows = ceil_div(height, row_blocks);  // of nearly equal size
     tiles = width <= kBlockPixels ? p.w.tiles : kBlockPixels / kTilePixels;
     tile_blocks = ceil_div(p.w.tiles, tiles);
+    tiles = ceil_div(p.w.tiles, tile_blocks);
   }
 };
 
@@ -136,12 +161,14 @@ bool by_winograd(const Conv3dShape& s, Direction direction, int isa) {
   return winograd_serves(s, forward ? ConvOp::forward : ConvOp::input_grad, isa);
 }
 
-void run(const Conv3dShape& s, Direction direction, const Tensors& tensors, void* memory,
+void run(const Conv3dShape& shape, Direction direction, const Tensors& tensors, void* memory,
          const ExecContext& ctx) {
-  if (by_winograd(s, direction, ctx.isa)) return winograd_run(s, direction, tensors, memory, ctx);
+  if (by_winograd(shape, direction, ctx.isa))
+    return winograd_run(shape, direction, tensors, memory, ctx);
+  const Conv3dShape s = with_flat_plane(shape);
   Workspace workspace(memory);
   Plan plan = make_plan(s, direction, tensors, ctx.isa, workspace);
-  prepare(plan, s, ctx);
+  prepare(plan, s, direction, ctx);
   const GatherParams& p = plan.params;
   const Blocks blocks(p);
   const index_t frames = p.target.early_frames + p.target.late_frames;
@@ -174,7 +201,7 @@ void run(const Conv3dShape& s, Direction direction, const Tensors& tensors, void
 std::size_t measure(const Conv3dShape& s, Direction direction, const ExecContext& ctx) {
   if (by_winograd(s, direction, ctx.isa)) return winograd_workspace(s, direction, ctx);
   Workspace workspace(nullptr);
-  make_plan(s, direction, {}, ctx.isa, workspace);
+  make_plan(with_flat_plane(s), direction, {}, ctx.isa, workspace);
   return workspace.bytes();
 }
 
@@ -190,7 +217,7 @@ Packing packing_of(const Conv3dShape& s, bool forward, const void* weight, int i
 Conv3dPacking causal_conv3d_packing(const Conv3dShape& shape, bool forward,
                                     const ExecContext& ctx) {
   const Packing p = packing_of(shape, forward, nullptr, ctx.isa);
-  index_t kind = p.layout.block * 64 + p.layout.lanes;
+  index_t kind = (p.layout.block * 64 + p.layout.lanes) * 4096 + p.weight.joined;
   for (const bool part :
        {p.layout.pairs, p.layout.taps_inside, p.layout.type == DType::bf16, forward})
     kind = kind * 2 + part;

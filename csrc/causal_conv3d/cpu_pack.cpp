@@ -48,6 +48,7 @@ void transpose(const float* from, index_t stride, index_t columns, index_t count
 // Transposed through a buffer in the L1 cache: rows of the packed form lie a power of two apart,
 // and scattering single elements to them would fight over a few cache sets.
 constexpr index_t kBuffer = 8192;
+constexpr index_t kRows = 8;  // most rows of a chunk
 
 template <class From, class To>
 class Packer {
@@ -63,7 +64,7 @@ class Packer {
     rows_ = ceil_div(w.reduce, unit_);
     tap_step_ = w.taps < kBuffer / (block * unit_) ? w.taps : kBuffer / (block * unit_);
     row_step_ = kBuffer / (tap_step_ * block * unit_);
-    if (row_step_ > 8) row_step_ = 8;
+    if (row_step_ > kRows) row_step_ = kRows;
     blocks_ = ceil_div(padded_, block);
     row_chunks_ = ceil_div(rows_, row_step_);
     tap_chunks_ = ceil_div(w.taps, tap_step_);
@@ -78,25 +79,27 @@ class Packer {
     const index_t taps = least(tap_step_, w_.taps - tap0), rows = least(row_step_, rows_ - row0);
     const index_t columns = least(block_, padded_ - first), width = columns * unit_;
     const From* from = static_cast<const From*>(w_.data) + group * w_.group_stride +
-                       first * w_.column_stride + tap0;
+                       first * w_.column_stride + tap0 * w_.joined;
     To* block = packed_ + (group * padded_ + first) * w_.taps * rows_ * unit_;
     if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>)
-      if (taps_inside_ && taps == w_.taps && first + columns <= w_.columns) {
+      if (taps_inside_ && w_.joined == 1 && taps == w_.taps && first + columns <= w_.columns) {
         for (index_t r = row0; r < row0 + rows; ++r)
           transpose(from + r * w_.reduce_stride, w_.column_stride, columns, taps,
                     block + r * taps * columns);
         return;
       }
+    index_t offset[2 * kRows];  // of the channels of the chunk's rows
+    for (index_t r = 0; r < rows * unit_; ++r) offset[r] = w_.row(row0 * unit_ + r);
     To buffer[kBuffer];
     for (index_t c = 0; c < columns; ++c)
       for (index_t r = 0; r < rows * unit_; ++r) {  // channel row0 * unit + r
         const index_t k = row0 * unit_ + r;
         const bool inside = k < w_.reduce && first + c < w_.columns;
-        const From* source = from + k * w_.reduce_stride + c * w_.column_stride;
+        const From* source = from + offset[r] + c * w_.column_stride;
         To* to = buffer + r / unit_ * taps * width + c * unit_ + r % unit_;
         if (inside)
           for (index_t tap = 0; tap < taps; ++tap)
-            to[tap * width] = Convert<To, From>::of(source[tap]);
+            to[tap * width] = Convert<To, From>::of(source[tap * w_.joined]);
         else
           for (index_t tap = 0; tap < taps; ++tap) to[tap * width] = To{};
       }

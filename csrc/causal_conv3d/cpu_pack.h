@@ -9,11 +9,18 @@
 namespace magvit_fast::cpu {
 
 // A weight tensor seen as [groups][reduce][columns][taps], strides in elements, taps contiguous.
+// Of joined taps, `joined` neighbors at a time are part of `reduce`, outside its channels.
 struct WeightView {
   const void* data;
   DType dtype;
   index_t groups, reduce, columns, taps;
   index_t group_stride, reduce_stride, column_stride;
+  index_t joined = 1;
+
+  index_t row(index_t k) const {  // offset of the k-th of `reduce`
+    const index_t channels = reduce / joined;
+    return k % channels * reduce_stride + k / channels;
+  }
 };
 
 // [groups][block of columns][taps][reduce][columns], the last block only as wide as whole `lanes`

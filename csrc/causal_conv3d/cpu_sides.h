@@ -3,6 +3,8 @@
 // Next hop: none.
 #pragma once
 
+#include <algorithm>
+
 #include "causal_conv3d/causal_conv3d.h"
 #include "causal_conv3d/cpu_pack.h"
 #include "causal_conv3d/cpu_tables.h"
@@ -18,6 +20,18 @@ struct Tensors {  // null while measuring
   void* early_target;
   void* late_target;
 };
+
+// Rows and columns as one axis where the kernel is a single pixel of the plane: longer rows.
+inline Conv3dShape with_flat_plane(Conv3dShape s) {
+  const auto pointwise = [](const AxisMap& a) {
+    return a.kernel == 1 && a.stride == 1 && a.front == 0 && a.out == a.source;
+  };
+  const index_t most = std::max(s.in_channels, s.out_channels) * s.h.source * s.w.source;
+  if (!pointwise(s.h) || !pointwise(s.w) || most >= index_t{1} << 31) return s;
+  s.w.source = s.w.out = s.h.source * s.w.source;
+  s.h.source = s.h.out = 1;
+  return s;
+}
 
 // The side of x and its history.
 inline SplitTensor source_side(const Conv3dShape& s, const void* history, const void* x) {

@@ -47,7 +47,8 @@ struct SplitTensor {
 struct GatherParams {
   SplitTensor source, target;
   // [groups][block][KT][KH][KW][reduce (pairs)][columns of the block], or with `narrow`
-  // [groups][KT][KH][KW][produce][reduce in whole vectors].
+  // [groups][KT][KH][KW][produce][reduce in whole vectors]. With few channels KW is 1 and the
+  // sources are those of cpu_join.h.
   const void* packed;
   bool narrow;
   const void* bias;                 // [target channels], of type `target_type`, or null

@@ -59,7 +59,11 @@ static inline vf load(const f16_t* p) {
 
 static inline void store(float* p, vf v) { store_as(p, v); }
 static inline void store(bf16_t* p, vf v) {
-  // Not the bf16 conversion instruction: that one flushes subnormals, and all levels must agree.
+#if defined(MF_ISA_avx512_bf16)
+  // The instruction flushes subnormals (class bit 0x20), and all levels must agree.
+  if (_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0) [[likely]]
+    return store_as(p, _mm512_cvtneps_pbh((__m512)v));
+#endif
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const vu quiet = (u >> 16) | 0x40u;
