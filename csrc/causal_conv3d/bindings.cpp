@@ -68,11 +68,11 @@ void bind_causal_conv3d(pybind11::module_& m) {
       no_gil);
   m.def(
       "causal_conv3d_forward",
-      [](Address x, Address history, Address weight, Address bias, Address y, Address workspace,
-         const Numbers& shape, Where where, How how) {
-        backend::causal_conv3d_forward(
-            {make_shape(shape), in(x), in(history), in(weight), in(bias), out(y), out(workspace)},
-            make_context(where, how));
+      [](Address x, Address history, Address weight, Address bias, Address residual, Address y,
+         Address workspace, const Numbers& shape, Where where, How how) {
+        backend::causal_conv3d_forward({make_shape(shape), in(x), in(history), in(weight), in(bias),
+                                        in(residual), out(y), out(workspace)},
+                                       make_context(where, how));
       },
       no_gil);
   m.def(

@@ -2,7 +2,8 @@
 // Previous hop: bindings.cpp.
 // Next hop: cpu.cpp, cpu_weight_grad.cpp or cuda.cu; index_map.h is the geometry.
 //
-//   y[n, o, co] = bias[co] + sum over tap, ci of x[n, source(o, tap), ci] * weight[co, ci, tap]
+//   y[n, o, co] = residual[n, o, co] + bias[co] + sum over tap, ci of x[n, source(o, tap), ci] *
+//                 weight[co, ci, tap]
 //   dx[n, s, ci] = sum over co and the (o, tap) of source s of dy[n, o, co] * weight[co, ci, tap]
 //   dweight[co, ci, tap] = sum over n, o of dy[n, o, co] * x[n, source(o, tap), ci]
 //
@@ -36,12 +37,13 @@ struct Conv3dShape {
 // [N, frames, H, W, C]; history is null when history_frames is 0.
 struct Conv3dForwardParams {
   Conv3dShape shape;
-  const void* x;        // [N, frames, H, W, Cin]
-  const void* history;  // [N, history_frames, H, W, Cin] or null
-  const void* weight;   // [Cout, Cin / groups, KT, KH, KW]
-  const void* bias;     // [Cout] or null
-  void* y;              // [N, t.out, h.out, w.out, Cout]
-  void* workspace;      // causal_conv3d_forward_workspace() bytes, any contents
+  const void* x;         // [N, frames, H, W, Cin]
+  const void* history;   // [N, history_frames, H, W, Cin] or null
+  const void* weight;    // [Cout, Cin / groups, KT, KH, KW]
+  const void* bias;      // [Cout] or null
+  const void* residual;  // [N, t.out, h.out, w.out, Cout], added before rounding, or null
+  void* y;               // [N, t.out, h.out, w.out, Cout]
+  void* workspace;       // causal_conv3d_forward_workspace() bytes, any contents
 };
 
 struct Conv3dInputGradParams {

@@ -87,6 +87,7 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   p.target = forward ? output_side(s, tensors.late_target)
                      : source_side(s, tensors.early_target, tensors.late_target);
   p.bias = tensors.bias;
+  p.residual = output_side(s, tensors.residual);
   p.target_type = s.dtype;
   check(p.source.width * p.source.channels < (index_t{1} << 31),
         "causal_conv3d: a row of x or of the result has more than 2^31 elements");
@@ -239,8 +240,8 @@ std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape, const E
 }
 
 void causal_conv3d_forward(const Conv3dForwardParams& p, const ExecContext& ctx) {
-  run(p.shape, Direction::forward, {p.history, p.x, p.weight, p.bias, nullptr, p.y}, p.workspace,
-      ctx);
+  run(p.shape, Direction::forward, {p.history, p.x, p.weight, p.bias, nullptr, p.y, p.residual},
+      p.workspace, ctx);
 }
 
 void causal_conv3d_input_grad(const Conv3dInputGradParams& p, const ExecContext& ctx) {

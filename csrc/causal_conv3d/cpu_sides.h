@@ -19,6 +19,7 @@ struct Tensors {  // null while measuring
   const void* bias;
   void* early_target;
   void* late_target;
+  const void* residual = nullptr;  // added to late_target
 };
 
 // Rows and columns as one axis where the kernel is a single pixel of the plane: longer rows.

@@ -78,6 +78,7 @@ WinogradBase::WinogradBase(const Conv3dShape& s, Direction direction, const Tens
   p.kernel_t = s.t.kernel;
   p.sets = planner.sets();
   p.bias = tensors.bias;
+  p.residual = output_side(s, tensors.residual);
   p.source_type = p.target_type = s.dtype;
   p.tile_rows = ceil_div(p.target.height, p.m);
   p.tile_columns = ceil_div(p.target.width, p.m);

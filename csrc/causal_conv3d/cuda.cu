@@ -91,6 +91,7 @@ void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext&
                               params.history,
                               params.workspace,
                               params.bias,
+                              params.residual,
                               params.y,
                               nullptr};
   const bool aligned = aligned_16(params.x) && aligned_16(params.history) && aligned_16(params.y);
@@ -112,6 +113,7 @@ void causal_conv3d_input_grad(const Conv3dInputGradParams& params, const ExecCon
       params.dy,
       nullptr,
       params.workspace,
+      nullptr,
       nullptr,
       params.dx,
       params.dhistory};

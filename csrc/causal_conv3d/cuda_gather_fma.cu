@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kThreads) gather_fma_kernel(GatherProblem p, i
       float value = sum[i][j];
       if (kForward && p.bias != nullptr)
         value += static_cast<float>(static_cast<const T*>(p.bias)[channel]);
+      if (kForward && p.residual != nullptr) value += residual_at(p, result + channel);
       result[channel] = static_cast<T>(value);
     }
   }

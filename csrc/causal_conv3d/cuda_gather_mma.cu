@@ -175,6 +175,10 @@ __global__ void __launch_bounds__(kThreads, 2)
           first += static_cast<float>(bias[0]);
           if (column + 1 < columns) second += static_cast<float>(bias[1]);
         }
+        if (kForward && p.residual != nullptr) {
+          first += residual_at(p, result + channel);
+          if (column + 1 < columns) second += residual_at(p, result + channel + 1);
+        }
         if (in_pairs) {
           store_pair(result + channel, first, second);
         } else {

@@ -15,8 +15,9 @@ struct GatherProblem {
   EntryAxis axes[3];
   const void* left;
   const void* left_history;
-  const void* weight;  // packed: [Cout, KT, KH, KW, Cin / groups]
-  const void* bias;    // [Cout] or null
+  const void* weight;    // packed: [Cout, KT, KH, KW, Cin / groups]
+  const void* bias;      // [Cout] or null
+  const void* residual;  // like out, added to it, or null
   void* out;
   void* out_history;  // null: not wanted
 };

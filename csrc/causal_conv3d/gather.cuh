@@ -28,6 +28,13 @@ __device__ __forceinline__ void note_rows(const GatherProblem& p, index_t first_
   results[row] = result;
 }
 
+// What is added to the result at this address (forward: results lie in `out` alone).
+template <class T>
+__device__ __forceinline__ float residual_at(const GatherProblem& p, const T* result) {
+  return static_cast<float>(
+      static_cast<const T*>(p.residual)[result - static_cast<const T*>(p.out)]);
+}
+
 // All threads of the block: which entries of each axis any row reaches.
 template <bool kForward>
 __device__ __forceinline__ EntryWalk<kForward> vote_walk(const GatherProblem& p,

@@ -46,6 +46,7 @@ struct SplitTensor {
 
 struct GatherParams {
   SplitTensor source, target;
+  SplitTensor residual;  // like target; added to the results, or late is null
   // [groups][block][KT][KH][KW][reduce (pairs)][columns of the block], or with `narrow`
   // [groups][KT][KH][KW][produce][reduce in whole vectors]. With few channels KW is 1 and the
   // sources are those of cpu_join.h.

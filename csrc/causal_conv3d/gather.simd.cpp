@@ -286,7 +286,7 @@ TileFunction pick_tile(int vectors, int pixels) {
   return nullptr;
 }
 
-// The tiles' sums plus bias, rounded to the target's type.
+// The tiles' sums plus bias and residual, rounded to the target's type.
 struct Results {
   const float* sums;  // [pixels][columns]
   index_t columns, channel, channels;
@@ -299,18 +299,23 @@ void write_row(const GatherParams& p, const GatherItem& item, index_t h, const R
   const float* sums = sums_begin;
   T* row = row_of<T>(p.target, item.n, item.t, h) + channel;
   const T* bias = p.bias ? static_cast<const T*>(p.bias) + channel : nullptr;
+  const T* residual =
+      p.residual.late ? row_of<const T>(p.residual, item.n, item.t, h) + channel : nullptr;
   const index_t first = p.w.tile_first[tile_begin], last = p.w.tile_first[tile_end];
   for (index_t i = first; i < last; ++i, sums += columns) {
-    T* out = row + p.w.target[i] * p.target.channels;
+    const index_t pixel = p.w.target[i] * p.target.channels;
+    T* out = row + pixel;
     index_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
-      const vf v = load(sums + c);
-      store(out + c, bias ? v + load(bias + c) : v);
+      vf v = load(sums + c);
+      if (bias) v += load(bias + c);
+      store(out + c, residual ? v + load(residual + pixel + c) : v);
     }
     if (c < channels) {
       const int rest = static_cast<int>(channels - c);
-      const vf v = load(sums + c);
-      store_some(out + c, bias ? v + load_some(bias + c, rest) : v, rest);
+      vf v = load(sums + c);
+      if (bias) v += load_some(bias + c, rest);
+      store_some(out + c, residual ? v + load_some(residual + pixel + c, rest) : v, rest);
     }
   }
 }

@@ -21,6 +21,7 @@ namespace magvit_fast {
 struct WinogradParams {
   index_t m;  // results of a tile along height and width
   SplitTensor source, target;
+  SplitTensor residual;  // like target; added to the results, or late is null
   // Source row and column of every tile, or -1 for a zero: [tile_rows][m + 2], [tile_columns][m +
   // 2].
   const std::int32_t *rows, *columns;

@@ -232,8 +232,13 @@ class Results {
     const index_t rows = p_.target.height - place.row * M;
     const index_t columns = p_.target.width - place.column * M;
     for (index_t i = 0; i < M && i < rows; ++i) {
-      T* row = row_of<T>(p_.target, place.n, frame, place.row * M + i) +
-               place.column * M * p_.target.channels + channel;
+      const index_t first = place.column * M * p_.target.channels + channel;
+      if (p_.residual.late) {
+        const T* row = row_of<const T>(p_.residual, place.n, frame, place.row * M + i) + first;
+        for (index_t j = 0; j < M && j < columns; ++j, row += p_.target.channels)
+          y[i * M + j] += lanes == kLanes ? load(row) : load_some(row, lanes);
+      }
+      T* row = row_of<T>(p_.target, place.n, frame, place.row * M + i) + first;
       for (index_t j = 0; j < M && j < columns; ++j, row += p_.target.channels) {
         if (lanes == kLanes)
           store(row, y[i * M + j]);

@@ -18,6 +18,7 @@ def causal_conv3d_forward(
     history: int,
     weight: int,
     bias: int,
+    residual: int,
     y: int,
     workspace: int,
     shape: Sequence[int],

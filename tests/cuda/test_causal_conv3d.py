@@ -113,6 +113,23 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, device: torch.devic
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [(8, 6), (8, 5), (3, 4)])
+def test_a_residual_is_added(
+    channels: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    case = Case(channels, (2, 5, 6), batch=2)
+    inputs = _inputs(case, dtype, device)
+    residual = torch.randn(2, channels[1], 2, 5, 6, device=device, dtype=dtype)
+    x, weight, bias = inputs
+    y, plain = (
+        mf.causal_conv3d(x, weight, bias, residual=residual, impl=impl)
+        for impl in ("native", "reference")
+    )
+    exact = _conv([t.double() for t in inputs], case, "reference") + residual.double()
+    assert_within_budget(y, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_gradient_of_many_parts(dtype: torch.dtype, device: torch.device) -> None:
     # 2 x 3 x 12 x 16 = 1152 pixels: five parts of the sum over pixels, the last one shorter.
     case = Case((8, 8), (3, 12, 16), (1, 1, 2), batch=2)

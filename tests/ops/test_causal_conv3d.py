@@ -278,9 +278,11 @@ def test_opcheck(layout) -> None:
     x, history = torch.randn(2, 4, 3, 5, 6).to(memory_format=layout), torch.randn(2, 4, 1, 5, 6)
     weight, bias = torch.randn(6, 2, 3, 3, 3), torch.randn(6)
     library = torch.ops.magvit_fast
-    y = library.causal_conv3d(x, history, weight, bias, *_geometry())
+    y = library.causal_conv3d(x, history, weight, bias, None, *_geometry())
     last = layout == torch.channels_last_3d
-    torch.library.opcheck(library.causal_conv3d.default, (x, history, weight, bias, *_geometry()))
+    torch.library.opcheck(
+        library.causal_conv3d.default, (x, history, weight, bias, None, *_geometry())
+    )
     torch.library.opcheck(
         library.causal_conv3d_input_grad.default, (y, weight, list(x.shape), 1, last, *_geometry())
     )

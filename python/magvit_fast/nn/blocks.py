@@ -10,6 +10,7 @@ from magvit_fast.nn.norm import MAX_GROUPS, GroupNormSiLU
 from magvit_fast.nn.recompute import norm_then
 from magvit_fast.nn.stream import StreamState
 from magvit_fast.nn.style import CAUSAL, LayerStyle
+from magvit_fast.ops._checks import autocast_dtype
 
 
 class ResBlock3d(nn.Module):
@@ -42,13 +43,16 @@ class ResBlock3d(nn.Module):
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
         y = norm_then(self.norm1, self.conv1, x, state)
+        skip = x if self.shortcut is None else self.shortcut(x, state)
+        # Autocast would round the sum of all blocks to its own dtype at every block.
+        inside = autocast_dtype(x) is None
+        added = skip if inside else None
         if torch.is_grad_enabled():
-            y = norm_then(self.norm2, self.conv2, y, state)
+            y = norm_then(self.norm2, self.conv2, y, state, added)
         else:  # by name, so that what the norm has read is free before the convolution
             y = self.norm2(y)
-            y = self.conv2(y, state)
-        skip = x if self.shortcut is None else self.shortcut(x, state)
-        out: Tensor = skip + y
+            y = self.conv2(y, state, added)
+        out: Tensor = y if inside else skip + y
         return out
 
 

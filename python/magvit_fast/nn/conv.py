@@ -66,8 +66,12 @@ class CausalConv3d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: StreamState | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
+
+        `residual`, of the result's shape, is added to it.
 
         With `state` the frames continue a stream: the first chunk has 1 (mod s_t) frames, later
         ones a multiple of s_t.
@@ -85,6 +89,7 @@ class CausalConv3d(nn.Module):
             time_mode=self.time_mode,
             space_mode=self.space_mode,
             history=history,
+            residual=residual,
         )
         if state is not None:
             self._remember(x, history, state)
@@ -163,8 +168,12 @@ class SameConv3d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: StreamState | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
+
+        `residual`, of the result's shape, is added to it.
 
         A stream can pass only where every frame is seen by itself: one tap in time.
 
@@ -194,6 +203,7 @@ class SameConv3d(nn.Module):
             padding=padding,
             time_mode=mode,
             space_mode=mode,
+            residual=residual,
         )
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from magvit_fast import _native
 from magvit_fast.ops import _checks, _packed_weights, _precision
+from magvit_fast.ops._layout import address, channels_last, empty_in_format, is_channels_last
 
 # --- contract ---------------------------------------------------------------------------------
 # x [B, C_in, T, H, W], weight [C_out, C_in / groups, KT, KH, KW] -> y [B, C_out, T', H', W'].
@@ -26,6 +27,8 @@ from magvit_fast.ops import _checks, _packed_weights, _precision
 #   KT = 3, front = 2:      . . x0 x1 x2 x3        no history: two padding frames
 #                           . h0 x0 x1 x2 x3       one frame of history, one padding frame
 #                           h0 h1 x0 x1 x2 x3      two frames: y continues the earlier clip exactly
+#
+# `residual` is added to y before it is rounded: the sum of a residual block without a pass of its own.
 #
 # Three ops, each linear in both of its tensors, each other's gradients: forward (x, w) -> y,
 # input_grad (dy, w) -> (dx, dhistory), weight_grad (x, dy) -> dw. So every order of derivative exists.
@@ -71,8 +74,9 @@ def _pad(x: Tensor, pads: Sequence[int], mode: str) -> Tensor:
 
 
 def reference(
-    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, geometry: Geometry
-) -> Tensor:
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None, geometry: Geometry,
+) -> Tensor:  # fmt: skip
     """Plain torch, any floating dtype, differentiable; `history` already cut to its used frames."""
     front, back, top, bottom, left, right = geometry.padding
     if history is not None:
@@ -84,16 +88,16 @@ def reference(
         conv_padding = [0, top, left]
     else:
         x = _pad(x, (left, right, top, bottom, 0, 0), geometry.space_mode)
-    return F.conv3d(
-        x, weight, bias, geometry.stride, conv_padding, geometry.dilation, geometry.groups
-    )
+    y = F.conv3d(x, weight, bias, geometry.stride, conv_padding, geometry.dilation, geometry.groups)
+    return y if residual is None else y + residual
 
 
 # --- schema and fake --------------------------------------------------------------------------
 _GEOMETRY = "int[] stride, int[] dilation, int groups, int[] padding, str time_mode, str space_mode"
 _TAGS = (torch.Tag.needs_exact_strides,)  # the memory format of x decides that of the result
 _native.LIB.define(
-    f"causal_conv3d(Tensor x, Tensor? history, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    "causal_conv3d(Tensor x, Tensor? history, Tensor weight, Tensor? bias, Tensor? residual, "
+    f"{_GEOMETRY}) -> Tensor",
     tags=_TAGS,
 )
 _native.LIB.define(
@@ -106,15 +110,6 @@ _native.LIB.define(
     f"{_GEOMETRY}) -> Tensor",
     tags=_TAGS,
 )
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(4) >= x.shape[1]
-
-
-def _empty(like: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _out_shape(x: Tensor, history: Tensor | None, weight: Tensor, geometry: Geometry) -> list[int]:
@@ -130,10 +125,11 @@ def _out_shape(x: Tensor, history: Tensor | None, weight: Tensor, geometry: Geom
 
 
 def _fake_forward(
-    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, *geometry: Any
-) -> Tensor:
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None, *geometry: Any,
+) -> Tensor:  # fmt: skip
     size = _out_shape(x, history, weight, Geometry(*geometry))
-    return _empty(x, size, _is_channels_last(x))
+    return empty_in_format(x, size, is_channels_last(x))
 
 
 torch.library.register_fake("magvit_fast::causal_conv3d", _fake_forward, lib=_native.LIB)
@@ -144,7 +140,9 @@ def _fake_input_grad(
     *geometry: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     history_size = [*x_size[:2], history_frames, *x_size[3:]]
-    return _empty(dy, x_size, channels_last), _empty(dy, history_size, channels_last)
+    return empty_in_format(dy, x_size, channels_last), empty_in_format(
+        dy, history_size, channels_last
+    )
 
 
 torch.library.register_fake(
@@ -156,7 +154,7 @@ def _fake_weight_grad(
     x: Tensor, history: Tensor | None, dy: Tensor, kernel: Sequence[int], *geometry: Any
 ) -> Tensor:
     groups = Geometry(*geometry).groups
-    return _empty(x, [dy.shape[1], x.shape[1] // groups, *kernel], False)
+    return empty_in_format(x, [dy.shape[1], x.shape[1] // groups, *kernel], False)
 
 
 torch.library.register_fake(
@@ -182,14 +180,6 @@ def _shape_numbers(
     return [*numbers, _precision.strict(), False]  # last: packed
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _run(
     entry: str, device: torch.device, tensors: Sequence[Tensor | None], numbers: list[int]
 ) -> None:
@@ -197,7 +187,7 @@ def _run(
     core, where, how = _native.launcher(device)
     size = getattr(core, entry + "_workspace")(numbers, where, how)
     workspace = _native.workspace(size, device)
-    addresses = [_address(t) for t in tensors]
+    addresses = [address(t) for t in tensors]
     getattr(core, entry)(*addresses, workspace.data_ptr(), numbers, where, how)
     _native.finish(device)
 
@@ -209,58 +199,55 @@ def _in_layout(result: Tensor, channels_last: bool) -> Tensor:
 
 
 def _launch_forward(
-    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, *geometry: Any
-) -> Tensor:
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None, *geometry: Any,
+) -> Tensor:  # fmt: skip
     how = Geometry(*geometry)
     size = _out_shape(x, history, weight, how)
-    y = _native.in_huge_pages(_empty(x, size, True))
+    y = _native.in_huge_pages(empty_in_format(x, size, True))
     _native.trace("causal_conv3d", x=tuple(x.shape), weight=tuple(weight.shape), dtype=x.dtype,
                   device=x.device, geometry=how)  # fmt: skip
     if y.numel():
-        earlier = None if history is None else _channels_last(history)
+        earlier = None if history is None else channels_last(history)
         frames = 0 if history is None else history.shape[2]
         numbers = _shape_numbers(x.shape, frames, size, weight.shape[2:], x.dtype, how)
-        tensors = [
-            _channels_last(x),
-            earlier,
-            _packed_weights.of_conv(weight, numbers, True),
-            bias,
-            y,
-        ]
+        added = None if residual is None else channels_last(residual)
+        packed = _packed_weights.of_conv(weight, numbers, True)
+        tensors = [channels_last(x), earlier, packed, bias, added, y]
         _run("causal_conv3d_forward", x.device, tensors, numbers)
-    return _in_layout(y, _is_channels_last(x))
+    return _in_layout(y, is_channels_last(x))
 
 
 def _launch_input_grad(
-    dy: Tensor, weight: Tensor, x_size: Sequence[int], history_frames: int, channels_last: bool,
+    dy: Tensor, weight: Tensor, x_size: Sequence[int], history_frames: int, in_channels_last: bool,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     how = Geometry(*geometry)
-    dx = _native.in_huge_pages(_empty(dy, x_size, True))
-    dhistory = _empty(dy, [*x_size[:2], history_frames, *x_size[3:]], True)
+    dx = _native.in_huge_pages(empty_in_format(dy, x_size, True))
+    dhistory = empty_in_format(dy, [*x_size[:2], history_frames, *x_size[3:]], True)
     _native.trace("causal_conv3d_input_grad", dy=tuple(dy.shape), weight=tuple(weight.shape),
                   dtype=dy.dtype, device=dy.device, geometry=how)  # fmt: skip
     if dx.numel():
         numbers = _shape_numbers(x_size, history_frames, dy.shape, weight.shape[2:], dy.dtype, how)
         earlier = dhistory if history_frames else None
-        tensors = [_channels_last(dy), _packed_weights.of_conv(weight, numbers, False), dx, earlier]
+        tensors = [channels_last(dy), _packed_weights.of_conv(weight, numbers, False), dx, earlier]
         _run("causal_conv3d_input_grad", dy.device, tensors, numbers)
-    return _in_layout(dx, channels_last), _in_layout(dhistory, channels_last)
+    return _in_layout(dx, in_channels_last), _in_layout(dhistory, in_channels_last)
 
 
 def _launch_weight_grad(
     x: Tensor, history: Tensor | None, dy: Tensor, kernel: Sequence[int], *geometry: Any
 ) -> Tensor:
     how = Geometry(*geometry)
-    dweight = _empty(x, [dy.shape[1], x.shape[1] // how.groups, *kernel], False)
+    dweight = empty_in_format(x, [dy.shape[1], x.shape[1] // how.groups, *kernel], False)
     _native.trace("causal_conv3d_weight_grad", x=tuple(x.shape), dweight=tuple(dweight.shape),
                   dtype=x.dtype, device=x.device, geometry=how)  # fmt: skip
     if not dy.numel():
         return dweight.zero_()
-    earlier = None if history is None else _channels_last(history)
+    earlier = None if history is None else channels_last(history)
     frames = 0 if history is None else history.shape[2]
     numbers = _shape_numbers(x.shape, frames, dy.shape, kernel, x.dtype, how)
-    tensors = [_channels_last(x), earlier, _channels_last(dy), dweight]
+    tensors = [channels_last(x), earlier, channels_last(dy), dweight]
     _run("causal_conv3d_weight_grad", x.device, tensors, numbers)
     return dweight
 
@@ -279,11 +266,11 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None,
-        geometry: Geometry,
+        residual: Tensor | None, geometry: Geometry,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, history, weight)
         ctx.geometry = geometry
-        return _FORWARD(x, history, weight, bias, *geometry)  # type: ignore[no-any-return]
+        return _FORWARD(x, history, weight, bias, residual, *geometry)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -296,7 +283,7 @@ class _Forward(torch.autograd.Function):
             dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)  # type: ignore[no-untyped-call]
         if ctx.needs_input_grad[3]:
             dbias = dy.sum((0, 2, 3, 4))
-        return dx, dhistory, dweight, dbias, None
+        return dx, dhistory, dweight, dbias, dy if ctx.needs_input_grad[4] else None, None
 
 
 class _InputGrad(torch.autograd.Function):
@@ -316,7 +303,7 @@ class _InputGrad(torch.autograd.Function):
         dy, weight = ctx.saved_tensors
         ddy = dweight = None
         if ctx.needs_input_grad[0]:
-            ddy = _Forward.apply(x, history, weight, None, ctx.geometry)  # type: ignore[no-untyped-call]
+            ddy = _Forward.apply(x, history, weight, None, None, ctx.geometry)  # type: ignore[no-untyped-call]
         if ctx.needs_input_grad[1]:
             dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)  # type: ignore[no-untyped-call]
         return ddy, dweight, None, None, None, None
@@ -340,7 +327,7 @@ class _WeightGrad(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
         if ctx.needs_input_grad[2]:
-            ddy = _Forward.apply(x, history, weight, None, ctx.geometry)  # type: ignore[no-untyped-call]
+            ddy = _Forward.apply(x, history, weight, None, None, ctx.geometry)  # type: ignore[no-untyped-call]
         return dx, dhistory, ddy, None, None
 
 
@@ -349,7 +336,7 @@ def _input_grad(
 ) -> tuple[Tensor, Tensor | None]:
     frames = 0 if history is None else history.shape[2]
     dx, dhistory = _InputGrad.apply(  # type: ignore[no-untyped-call]
-        dy, weight, list(x.shape), frames, _is_channels_last(x), geometry
+        dy, weight, list(x.shape), frames, is_channels_last(x), geometry
     )
     return dx, dhistory if frames else None
 
@@ -422,6 +409,17 @@ def _check_geometry(x: Tensor, history: Tensor | None, weight: Tensor, geometry:
             )
 
 
+def _check_residual(residual: Tensor | None, x: Tensor, size: list[int]) -> None:
+    if residual is None:
+        return
+    _checks.check_tensor("residual", residual, ndim=5, floating=True)
+    _checks.check_same("residual", residual, "x", x)
+    if list(residual.shape) != size:
+        raise ValueError(
+            f"residual: expected the shape of the result, {tuple(size)}, got {tuple(residual.shape)}"
+        )
+
+
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -434,6 +432,7 @@ def causal_conv3d(
     time_mode: PadMode = "zeros",
     space_mode: PadMode = "zeros",
     history: Tensor | None = None,
+    residual: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """3D convolution that never looks ahead in time (unless `padding` says so).
@@ -449,12 +448,14 @@ def causal_conv3d(
             "reflect" (the mirror image without the edge; pads must be smaller than the axis).
         history: [B, C_in, Th, H, W], the frames before x. The last `front` of them stand in for the
             front padding (all of them if there are fewer; the rest is padded by time_mode).
+        residual: [B, C_out, T', H', W'], added to the result; natively in float32, before it is
+            rounded.
         impl: "auto", "native" or "reference".
 
     Returns:
         [B, C_out, T', H', W'] in x's dtype and memory format, with
         size' = (size + pads - dilation * (K - 1) - 1) // stride + 1 on each axis (history counts as
-        padding). Twice differentiable in x, weight, bias and history. Sums are kept in float32.
+        padding). Twice differentiable in all tensors. Sums are kept in float32.
 
     Precision, on the CPU: 3x3 planes at stride 1 go by Winograd's algorithm where it pays, which
     multiplies less and rounds more. Errors against float64, relative to the largest result:
@@ -480,20 +481,19 @@ def causal_conv3d(
     """
     _checks.check_choice("time_mode", time_mode, PAD_MODES)
     _checks.check_choice("space_mode", space_mode, PAD_MODES)
-    x, weight, bias, history = _checks.under_autocast(x, weight, bias, history)
+    x, weight, bias, history, residual = _checks.under_autocast(x, weight, bias, history, residual)
     _check_operands(x, weight, bias, history, groups)
     steps = _checks.triple("stride", stride)
     spread = _checks.triple("dilation", dilation)
     _check_padding(padding)
     pads = resolve_padding(weight.shape[2:], spread, padding)
-    if (
-        history is not None
-    ):  # only the frames that replace padding; none: as if there were no history
+    if history is not None:  # the frames that replace padding; none: as if there were no history
         used = min(history.shape[2], pads[0])
         history = history[:, :, history.shape[2] - used :] if used else None
     geometry = Geometry(list(steps), list(spread), groups, pads, time_mode, space_mode)
     _check_geometry(x, history, weight, geometry)
+    _check_residual(residual, x, _out_shape(x, history, weight, geometry))
     obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
     if _native.use_native("causal_conv3d", impl, obstacle):
-        return _Forward.apply(x, history, weight, bias, geometry)  # type: ignore[no-untyped-call, no-any-return]
-    return reference(x, history, weight, bias, geometry)
+        return _Forward.apply(x, history, weight, bias, residual, geometry)  # type: ignore[no-untyped-call, no-any-return]
+    return reference(x, history, weight, bias, residual, geometry)
