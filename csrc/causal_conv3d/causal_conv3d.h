@@ -79,7 +79,8 @@ namespace cpu {
 MF_DECLARE_CAUSAL_CONV3D
 
 // Weights in the order of the engine that serves the forward pass (else: the input gradient), to be
-// used again as long as they do not change. The kind tells layouts apart.
+// used again as long as they do not change. The kind tells layouts apart; without bytes the engine
+// takes weights as they are.
 struct Conv3dPacking {
   std::size_t bytes;
   index_t kind;

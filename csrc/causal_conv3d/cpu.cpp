@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "causal_conv3d/causal_conv3d.h"
+#include "causal_conv3d/cpu_fold.h"
 #include "causal_conv3d/cpu_join.h"
 #include "causal_conv3d/cpu_pack.h"
 #include "causal_conv3d/cpu_sides.h"
@@ -217,6 +218,7 @@ Packing packing_of(const Conv3dShape& s, bool forward, const void* weight, int i
 
 Conv3dPacking causal_conv3d_packing(const Conv3dShape& shape, bool forward,
                                     const ExecContext& ctx) {
+  if (!forward && folds_border(shape, ctx)) return {0, 0};
   const Packing p = packing_of(shape, forward, nullptr, ctx.isa);
   index_t kind = (p.layout.block * 64 + p.layout.lanes) * 4096 + p.weight.joined;
   for (const bool part :
@@ -236,6 +238,7 @@ std::size_t causal_conv3d_forward_workspace(const Conv3dShape& shape, const Exec
 }
 
 std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
+  if (folds_border(shape, ctx)) return folded_input_grad_workspace(shape, ctx);
   return measure(shape, Direction::input_grad, ctx);
 }
 
@@ -245,6 +248,7 @@ void causal_conv3d_forward(const Conv3dForwardParams& p, const ExecContext& ctx)
 }
 
 void causal_conv3d_input_grad(const Conv3dInputGradParams& p, const ExecContext& ctx) {
+  if (folds_border(p.shape, ctx)) return folded_input_grad(p, ctx);
   run(p.shape, Direction::input_grad, {nullptr, p.dy, p.weight, nullptr, p.dhistory, p.dx},
       p.workspace, ctx);
 }

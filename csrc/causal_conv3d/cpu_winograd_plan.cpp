@@ -34,8 +34,11 @@ bool can_serve(const Conv3dShape& s, ConvOp op) {
   const index_t back = last_position(s.t) - (s.t.source - 1);
   if (s.t.front >= s.t.kernel || back >= s.t.kernel) return false;
   if (s.in_channels < kLeastChannels || s.out_channels < kLeastChannels) return false;
-  const bool padded = s.h.mode != PadMode::zeros;  // several targets share a source in the padding
-  return op != ConvOp::input_grad || !padded;
+  // cpu_fold.cpp serves one line of copies a side.
+  const auto folds = [](const AxisMap& a) {
+    return a.mode == PadMode::zeros || (a.front <= 1 && last_position(a) <= a.source);
+  };
+  return op != ConvOp::input_grad || (folds(s.h) && folds(s.w));
 }
 
 // Estimated cycles a vector against those of the direct sum; measured on Zen 4: 1.5 a product, 24 a
@@ -54,9 +57,14 @@ bool pays(const Conv3dShape& s, ConvOp op, int isa) {
   const double transforms = 24.0 * points * tiles * rows * static_cast<double>(in + out);
   const double weights = 15.0 * points * static_cast<double>(planner.sets().count) * matrix;
   const bool pairs = s.dtype == DType::bf16 && multiplies_bf16(isa);
-  const double pixels = static_cast<double>(s.batch * height * width * planner.products_apart());
-  const double direct = (pairs ? 0.55 : 1.05) * 9.0 * pixels * matrix;
-  return products + transforms + weights < direct;
+  const double rate = (pairs ? 0.55 : 1.05) * matrix;
+  const double frames = static_cast<double>(s.batch * planner.products_apart());
+  const double direct = rate * 9.0 * static_cast<double>(height * width) * frames;
+  const index_t border = forward ? 0
+                                 : (s.h.mode == PadMode::zeros ? 0 : 2 * width) +
+                                       (s.w.mode == PadMode::zeros ? 0 : 2 * height);
+  const double lines = rate * 3.0 * static_cast<double>(border) * frames;
+  return products + transforms + weights + lines < direct;
 }
 
 }  // namespace

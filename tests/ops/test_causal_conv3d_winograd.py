@@ -21,6 +21,18 @@ PROBLEMS = {
     "segments_of_time": ([16, 16], [42, 5, 6], {}),
     "replicate": ([20, 40], [17, 9, 6], {"time_mode": "replicate", "space_mode": "replicate"}),
     "reflect": ([16, 32], [4, 7, 7], {"time_mode": "reflect", "space_mode": "reflect"}),
+    # large enough for the input gradient, too: the plane, and the lines of its border
+    "replicated_planes": (
+        [32, 40],
+        [5, 24, 26],
+        {"time_mode": "replicate", "space_mode": "replicate", "history": 1},
+    ),
+    "reflected_planes": ([32, 40], [5, 25, 24], {"space_mode": "reflect"}),
+    "replicated_on_two_sides": (
+        [32, 40],
+        [5, 24, 24],
+        {"space_mode": "replicate", "padding": [2, 0, 1, 0, 0, 1]},
+    ),
     "not_causal": ([16, 16], [7, 6, 6], {"padding": [1, 1, 1, 1, 1, 1], "time_mode": "replicate"}),
     "uneven_pads": ([16, 16], [6, 9, 7], {"padding": [2, 1, 0, 2, 3, 0]}),
     "history": ([16, 48], [6, 6, 6], {"history": 2}),
@@ -62,7 +74,9 @@ def test_strict_float32_errs_no_more_than_plain_torch(name, isa_level) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["parts_of_tiles", "replicate", "short_history", "wide"])
+@pytest.mark.parametrize(
+    "name", ["parts_of_tiles", "replicate", "replicated_planes", "short_history", "wide"]
+)
 def test_half_precision_within_budget(name, dtype, isa_level) -> None:
     problem = _problem(name, dtype)
     exact = value_and_grads(problem.to(torch.float64), "reference")
@@ -91,6 +105,18 @@ def test_the_switch_follows_torch() -> None:
     half = problem.to(torch.bfloat16)
     with fp32_precision("ieee"):  # float32 only: sums of bfloat16 are exact enough either way
         assert_equal(_forward(half), _forward(problem.to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    "name", ["replicated_planes", "reflected_planes", "replicated_on_two_sides"]
+)
+def test_input_gradients_of_copied_borders_go_by_winograd(name) -> None:
+    problem = _problem(name)
+    default = value_and_grads(problem.to(torch.float32), "native")["dx"]
+    with fp32_precision("ieee"):
+        strict = value_and_grads(problem.to(torch.float32), "native")["dx"]
+    inner = (slice(None),) * 3 + (slice(4, -4),) * 2  # far from the border, whose lines are direct
+    assert not torch.equal(default[inner], strict[inner])
 
 
 @pytest.mark.parametrize("precision", ["none", "ieee"])

@@ -105,6 +105,8 @@ def of_conv(weight: Tensor, numbers: list[int], forward: bool) -> Tensor:
     if not hasattr(core, "causal_conv3d_packing"):  # CUDA's core packs on the device, at every call
         return weight.contiguous()
     nbytes, kind = core.causal_conv3d_packing(numbers, forward, where, how)
+    if not nbytes:  # the engine wants them plain
+        return weight.contiguous()
 
     def pack(form: Tensor) -> None:
         plain = weight.contiguous()
