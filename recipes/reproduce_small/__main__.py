@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         plan = Plan.read(plan_file(args.budget))
         work = args.work or ROOT / "runs" / f"reproduce-small-{args.budget}"
-        clips = Clips(args.videos, work)
+        clips = Clips(args.videos, work, plan.scenes)
         only = [name for name in args.only.split(",") if name]
         jobs = plan.jobs(only, args.seeds)
     except ValueError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magvit_fast.data.calm_scenes import calm_scene_class, render_calm_clip
 from magvit_fast.data.clips import VIDEO_SUFFIXES, Augmentation, VideoClips, list_files
 from magvit_fast.data.order import Draw
 from magvit_fast.data.synthetic import (
@@ -21,6 +22,11 @@ from magvit_fast.data.synthetic import (
 
 _FRAMES = 17  # of a held-out clip; shorter ones are its first frames
 _EVERY = 5  # every fifth video is held out
+# [data] sources of the recipes that need no files: what draws a clip, what tells its class.
+RENDERERS = {
+    "scenes": (render_clip, scene_class),
+    "calm-scenes": (render_calm_clip, calm_scene_class),
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,14 @@ class Clips:
     """Where the clips of a run come from.
 
     videos: a folder of video files, whose subfolders are the classes; None: rendered scenes, whose
-    classes are the colors of their floors. Every fifth file, in sorted order, is held out; `work` keeps
-    the two lists.
+    classes are the colors of their floors (scenes: a name of RENDERERS). Every fifth file, in sorted
+    order, is held out; `work` keeps the two lists.
 
     Raises ValueError for fewer than two videos, FileFormatError for unusable ones.
     """
 
-    def __init__(self, videos: Path | None, work: Path) -> None:
+    def __init__(self, videos: Path | None, work: Path, scenes: str = "calm-scenes") -> None:
+        self._scenes = scenes
         self._lists: tuple[Path, Path] | None = None
         self.class_names: tuple[str, ...] = SCENE_CLASSES
         if videos is not None:
@@ -58,12 +65,12 @@ class Clips:
 
     @property
     def description(self) -> str:
-        return "rendered scenes" if self._lists is None else "the user's videos"
+        return f"rendered {self._scenes}" if self._lists is None else "the user's videos"
 
     def data(self) -> dict[str, Any]:
         """What a recipe's [data] says about the source."""
         if self._lists is None:
-            return {"source": "scenes", "labels": True}
+            return {"source": self._scenes, "labels": True}
         return {"source": "videos", "path": str(self._lists[0]), "labels": True}
 
     def held_out(self, count: int, frames: int, size: int) -> HeldOut:
@@ -78,10 +85,11 @@ class Clips:
         if frames > _FRAMES:
             raise ValueError(f"frames: expected at most {_FRAMES}, got {frames}")
         if self._lists is None:
+            render, class_of = RENDERERS[self._scenes]
             chosen = seeds[:count]
-            clips = [torch.from_numpy(render_clip(seed, frames, size)) for seed in chosen]
+            clips = [torch.from_numpy(render(seed, frames, size)) for seed in chosen]
             video = torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 255
-            return HeldOut(video.contiguous(), torch.tensor([scene_class(s) for s in chosen]))
+            return HeldOut(video.contiguous(), torch.tensor([class_of(s) for s in chosen]))
         plain = Augmentation(crop_scale=(1.0, 1.0), flip=False)
         source = VideoClips(
             self._lists[part], frames=_FRAMES, size=size, augmentation=plain, labels=True

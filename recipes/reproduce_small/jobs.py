@@ -109,8 +109,9 @@ class Runner:
             begin_calmly(tokenizer)
         else:
             source = load_tokenizer(self._output(job.start, "tokenizer"))
-            # All but the latent's two layers, which fit the one vocabulary that the source has.
-            given = {n: p for n, p in source.named_parameters() if not n.startswith(_LATENT_LAYERS)}
+            given = dict(source.named_parameters())
+            if _vocabulary(source) != _vocabulary(tokenizer):  # the latent's layers do not fit
+                given = {n: p for n, p in given.items() if not n.startswith(_LATENT_LAYERS)}
             inflate(tokenizer, given, "last" if tokenizer.config.causal else "central")
         if isinstance(tokenizer.quantizer, VectorQuantizer):
             video = self.clips.reference(_CODEBOOK_CLIPS, recipe.data.frames, recipe.data.size)
@@ -191,6 +192,11 @@ class Runner:
         if frames > 1:
             features.calibrate(self.clips.reference(_CALIBRATION_CLIPS, frames, size))
         return self.clips.held_out(self.held_out_count, frames, size), features
+
+
+def _vocabulary(tokenizer: VideoTokenizer) -> tuple[str, int]:
+    config = tokenizer.config
+    return config.quantizer, config.num_bits
 
 
 @torch.no_grad()

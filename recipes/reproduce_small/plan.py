@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from recipes.reproduce_small.clips import RENDERERS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -75,10 +77,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan: models by name, comparisons, seeds, held-out clips."""
+    """A whole plan: models by name, comparisons, seeds, held-out clips.
+
+    scenes: what is rendered where the user gives no videos, a [data] source of the recipes.
+    """
 
     name: str
     seeds: int
+    scenes: str
     held_out: int
     models: dict[str, dict[str, Any]]
     comparisons: dict[str, Comparison]
@@ -106,11 +112,17 @@ class Plan:
         for name, own in table["comparisons"].items():
             claims = tuple(Claim(**claim) for claim in own.pop("claims", []))
             comparisons[name] = Comparison(name=name, claims=claims, **own)
-        plan = cls(path.stem, table["seeds"], table["held_out"], models, comparisons)
+        plan = cls(
+            path.stem, table["seeds"], table["scenes"], table["held_out"], models, comparisons
+        )
         plan._check(path)
         return plan
 
     def _check(self, path: Path) -> None:
+        if self.scenes not in RENDERERS:
+            raise ValueError(
+                f"{path}: scenes: expected one of {sorted(RENDERERS)}, got {self.scenes!r}"
+            )
         for name, model in self.models.items():
             for key in ("start", "tokenizer"):
                 if key in model and model[key] not in self.models:

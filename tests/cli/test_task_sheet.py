@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import magvit_fast as mf
-from magvit_fast.cli.generate import _sheet_class
+from magvit_fast.cli.generate import _all_tasks, _sheet_class
 from magvit_fast.cli.task_sheet import _shown, _strip, run_tasks, synthetic_video
 from magvit_fast.data.synthetic import DEMO_SEED, demo_clip
 from magvit_fast.data.video import read_video
@@ -108,6 +109,18 @@ def test_one_task(cli: Callable, models: Any, tmp_path: Path) -> None:
     result = cli(*words, "--sheet", tmp_path / "sheet.png", *models.both)
     assert result.status == 0, result.err
     assert list(json.loads(result.out)["tasks"]) == ["frame_interpolation"]
+
+
+def test_given_frames_are_those_of_frame_prediction() -> None:
+    changed = {task.name: task for task in _all_tasks(3)}
+    assert list(changed) == list(TASKS)
+    assert {name for name in TASKS if changed[name] != TASKS[name]} == {
+        "frame_prediction",
+        "class_frame_prediction",
+    }
+    for name in ("frame_prediction", "class_frame_prediction"):
+        assert changed[name] == dataclasses.replace(TASKS[name], first=3)  # type: ignore[arg-type]
+    assert _all_tasks(None) == list(TASKS.values())
 
 
 def test_frames_side_by_side() -> None:

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 import magvit_fast as mf
-from magvit_fast.decoding import AutoregressiveDecoding, MaskedDecoding, decode_autoregressive
+from magvit_fast.decoding import (
+    AutoregressiveDecoding,
+    Guidance,
+    MaskedDecoding,
+    decode_autoregressive,
+)
 from magvit_fast.decoding.generate import generate_tokens
 from magvit_fast.models import (
     AutoregressiveTransformer,
@@ -130,6 +135,46 @@ def test_one_pass_a_token() -> None:
     assert seen == [18 + i for i in range(64)]
 
 
+@pytest.mark.parametrize(
+    "guidance", [Guidance(2.0), Guidance(3.0, "cosine_power", 1.0)], ids=["constant", "cosine"]
+)
+def test_guidance_is_over_the_logits(guidance: Guidance) -> None:
+    """Every token is argmax(c + s (c - u) + noise), u without a class, under teacher forcing."""
+    model = make(condition_tokens=4).double()
+    given = torch.randint(0, 16, (2, 4), generator=torch.Generator().manual_seed(3))
+    classes, noise = torch.tensor([2, 1]), gumbel(2, 64, 1, 16).double()
+    runs = [
+        decode_autoregressive(
+            model, AutoregressiveDecoding(guidance=guidance, cached=cached),
+            class_id=classes, condition=given, noise=noise,
+        )
+        for cached in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(*runs)
+    plain = decode_autoregressive(model, class_id=classes, condition=given, noise=noise)
+    assert not torch.equal(runs[0], plain)
+    with torch.no_grad():
+        own = model(runs[0], class_id=classes, condition=given)
+        free = model(runs[0], condition=given)
+    scales = torch.tensor([guidance.at((i + 1) / 64) for i in range(64)]).double()
+    guided = own + scales[:, None, None] * (own - free)
+    assert torch.equal(unpack_subtokens(runs[0], 1, 16), (guided + noise).argmax(-1))
+
+
+def test_guidance_takes_a_second_pass_and_the_free_prompt(tokenizer: MagvitTokenizer) -> None:
+    model = make(prompts=("frame_prediction", "class_generation"))
+    seen = count_passes(model)
+    decode_autoregressive(model, AutoregressiveDecoding(guidance=Guidance(1.0)), prompt_id=0)
+    assert len(seen) == 128
+    prompts: list[Any] = []
+    model.register_forward_pre_hook(
+        lambda _m, _args, given: prompts.append((given["class_id"] is None, given["prompt_id"])),
+        with_kwargs=True,
+    )
+    mf.generate(tokenizer, model, task="class_generation", class_id=1, guidance=1.5)
+    assert prompts == [(False, 1), (True, 1)] * 64
+
+
 def test_the_draws_follow_the_distribution() -> None:
     """The first token of many clips against the network's own probabilities."""
     model = make(init_std=0.3)
@@ -203,7 +248,7 @@ def test_bad_input(tokenizer: MagvitTokenizer) -> None:
             ValueError,
             "its prefix holds 16 condition tokens, but the region of task frame_interpolation has 32",
         ),
-        ({"guidance": 1.0}, ValueError, "guidance, condition_mode: expected 0 and 'commit'"),
+        ({"condition_mode": "fixed"}, ValueError, "expected 'commit' for an autoregressive"),
         ({"noise": []}, TypeError, "noise: expected Tensor for this transformer, got list"),
         ({"noise": torch.zeros(1, 64, 1, 8)}, ValueError, r"noise: expected \(1, 64, 1, 16\)"),
         ({"top_k": 2, "top_p": 0.5}, ValueError, "top_k and top_p"),

@@ -15,13 +15,14 @@ from magvit_fast.cli.runtime import (
     Outcome,
     add_tokenizer_option,
     check_output,
+    check_result_name,
     implementation,
     load_tokenizer,
     running,
     table,
+    write_result,
 )
 from magvit_fast.data.tokens import TokenHeader, load_tokens, tokenizer_fingerprint
-from magvit_fast.data.video import write_frames
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models.tokenizers import VideoTokenizer
 
@@ -30,7 +31,10 @@ HELP = "Turn a token file back into a video file."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tokens", metavar="TOKENS", help="file written by `magvit-fast tokenize`")
-    parser.add_argument("-o", "--output", metavar="VIDEO", required=True, help=".mp4 file (H.264)")
+    parser.add_argument(
+        "-o", "--output", metavar="VIDEO", required=True,
+        help=".mp4 file (H.264); .png for a single image",
+    )  # fmt: skip
     add_tokenizer_option(parser)
     parser.add_argument(
         "--crf", type=float, default=18.0, help="H.264 quality: 0 (best) to 51 (default 18)"
@@ -48,12 +52,13 @@ def run(args: argparse.Namespace) -> Outcome:
                 "give a file written by `magvit-fast tokenize`"
             )
         check_output(args.output, args.tokens)
+        check_result_name(args.output, source.frames)
         began = time.perf_counter()
         with progress("detokenize", source.frames, "frames") as advance:
             video = _decoded(args.tokens, tokenizer, header, ids.to(device))
             frames = itertools.islice(_frames(video), source.frames)  # the filled-in tail goes
             shown = _advancing(frames, advance)
-            written = write_frames(args.output, shown, source.fps, crf=args.crf)
+            written = write_result(args.output, shown, source.frames, source.fps, crf=args.crf)
         elapsed = time.perf_counter() - began
         facts: dict[str, Any] = {
             "input": args.tokens,

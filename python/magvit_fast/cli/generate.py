@@ -22,6 +22,7 @@ from magvit_fast.cli.runtime import (
     add_tokenizer_option,
     add_transformer_option,
     check_output,
+    check_result_name,
     frame_size,
     implementation,
     load_tokenizer,
@@ -29,12 +30,13 @@ from magvit_fast.cli.runtime import (
     positive_int,
     running,
     table,
+    write_result,
 )
 from magvit_fast.cli.sheet import check_matplotlib
 from magvit_fast.cli.task_sheet import run_tasks, synthetic_video, task_rows, write_task_sheet
 from magvit_fast.data.actions import read_action_array
 from magvit_fast.data.synthetic import DEMO_SEED, SCENE_CLASSES, scene_class
-from magvit_fast.data.video import probe, write_frames, write_image
+from magvit_fast.data.video import probe
 from magvit_fast.decoding import Guidance, clip_geometry, generate_stream, published
 from magvit_fast.decoding.published import PUBLISHED_NAMES
 from magvit_fast.errors import FileFormatError
@@ -157,7 +159,7 @@ def run(args: argparse.Namespace) -> Outcome:
         check_output(args.output, args.video, args.goal, args.actions)
         transformer = _of_size(args, tokenizer, transformer)
         task, geometry = _task(args), clip_geometry(tokenizer, transformer)
-        _check_image(args, geometry)
+        check_result_name(args.output, args.frames or geometry.frames)
         given = _given(args, task, geometry)
         options = decoding_options(args)
         began = time.perf_counter()
@@ -175,11 +177,7 @@ def run(args: argparse.Namespace) -> Outcome:
                 **options,
             )
             frames = (frame for piece in pieces for frame in piece[0].cpu().unbind(dim=1))
-            if _is_image(args.output):
-                write_image(args.output, next(frames))
-                count = 1
-            else:
-                count = write_frames(args.output, frames, fps)
+            count = write_result(args.output, frames, args.frames or geometry.frames, fps)
         elapsed = time.perf_counter() - began
         facts: dict[str, Any] = {
             "task": args.task,
@@ -207,7 +205,7 @@ def run(args: argparse.Namespace) -> Outcome:
 def _sheet(args: argparse.Namespace) -> Outcome:
     check_matplotlib()
     check_output(args.sheet, args.video)
-    for name in ("frames", "fps", "goal", "actions", "given", "size"):
+    for name in ("frames", "fps", "goal", "actions", "size"):
         if getattr(args, name) is not None:
             raise ValueError(
                 f"--{name}: a sheet shows one clip of each task as it is; leave it out"
@@ -216,7 +214,7 @@ def _sheet(args: argparse.Namespace) -> Outcome:
         tokenizer = load_tokenizer(args.tokenizer, device)
         transformer = load_transformer(args.transformer, device)
         geometry = clip_geometry(tokenizer, transformer)
-        tasks = list(TASKS.values()) if args.task == "all" else [get_task(args.task)]
+        tasks = _all_tasks(args.given) if args.task == "all" else [_task(args)]
         options = decoding_options(args)
         video = (
             read_clip(args.video, geometry.size, args.start)
@@ -277,16 +275,6 @@ def _of_size(
     return transformer.with_grid(grid, args.positions)
 
 
-def _is_image(path: str) -> bool:
-    return Path(path).suffix.lower() == ".png"
-
-
-def _check_image(args: argparse.Namespace, geometry: ClipGeometry) -> None:
-    frames = args.frames or geometry.frames
-    if _is_image(args.output) and frames > 1:
-        raise ValueError(f"--output: a .png holds one image, but the result has {frames} frames")
-
-
 def _sheet_class(args: argparse.Namespace, transformer: VideoTransformer) -> int:
     """--class-id, else the rendered scene's own class where the model may know it, else the first."""
     if args.class_id is not None:
@@ -311,6 +299,16 @@ def _passes_shown(
             yield
         finally:
             hook.remove()
+
+
+def _all_tasks(given: int | None) -> list[Task]:
+    """The ten tasks, with another number of given frames for those that predict what follows."""
+    return [
+        dataclasses.replace(task, first=given)
+        if given is not None and isinstance(task, FrameTask) and not task.last
+        else task
+        for task in TASKS.values()
+    ]
 
 
 def _task(args: argparse.Namespace) -> Task:

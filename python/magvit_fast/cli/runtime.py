@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from magvit_fast import _native
 from magvit_fast.data.atomic import check_writable
+from magvit_fast.data.clips import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from magvit_fast.data.video import write_frames, write_image
 from magvit_fast.errors import FileFormatError, MissingExtraError
 from magvit_fast.models import VideoTransformer
 from magvit_fast.models import load_tokenizer as load_stored
@@ -24,6 +27,7 @@ from magvit_fast.models import load_transformer as load_stored_transformer
 from magvit_fast.models.tokenizers import VideoTokenizer
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo"
+_MP4_SUFFIXES = frozenset([".mp4", ".m4v"])
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,39 @@ def check_output(path: str | Path, *inputs: str | Path | None) -> None:
         if source is not None and path.exists() and path.samefile(source):
             raise ValueError(f"--output: {path} is also the input; choose another name")
     check_writable(path)
+
+
+def write_result(
+    path: str | Path, frames: Iterator[Tensor], count: int, fps: float, *, crf: float = 18.0
+) -> int:
+    """Write frames [3, H, W]: one as a PNG file if `path` ends in .png, else an MP4 file of them all.
+
+    count: how many are expected, see `check_result_name`. Returns how many were written.
+    """
+    check_result_name(path, count)
+    if Path(path).suffix.lower() == ".png":
+        write_image(path, next(frames))
+        return 1
+    return write_frames(path, frames, fps, crf=crf)
+
+
+def check_result_name(path: str | Path, count: int) -> None:
+    """Raise ValueError for a name that promises another kind of file than `count` frames become.
+
+    Names without a suffix, and suffixes of no video and no image, say nothing and hold an MP4 file.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".png":
+        if count != 1:
+            raise ValueError(
+                f"--output: a .png holds one image, but the result has {count} frames; "
+                "give a name that ends in .mp4"
+            )
+    elif suffix in (VIDEO_SUFFIXES | IMAGE_SUFFIXES) - _MP4_SUFFIXES:
+        raise ValueError(
+            f"--output: expected a name that ends in .mp4 (a video) or .png (a single image), "
+            f"got {suffix}"
+        )
 
 
 # --- models ---------------------------------------------------------------------------------------

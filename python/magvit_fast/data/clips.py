@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from magvit_fast.data.actions import action_file, read_actions
+from magvit_fast.data.calm_scenes import calm_scene_class, render_calm_clip
 from magvit_fast.data.index import FileFacts, index_files
 from magvit_fast.data.order import Draw
 from magvit_fast.data.seeking import Keyframes
@@ -247,7 +248,7 @@ class VideoClips:
 class SceneClips:
     """Rendered scenes (synthetic.py) as a source: entry i is the training scene `first + i`.
 
-    labels: a scene's class is that of synthetic.scene_class.
+    labels: a scene's class is that of synthetic.scene_class. calm: the scenes of calm_scenes.py.
     """
 
     def __init__(
@@ -258,22 +259,27 @@ class SceneClips:
         size: int = 64,
         first: int = TRAIN_SEEDS.start,
         labels: bool = False,
+        calm: bool = False,
     ) -> None:
         if count < 1:
             raise ValueError(f"count: expected at least one scene, got {count}")
         self.num_clips = self.num_stills = count
         self.frames, self.size, self.first = frames, size, first
         self.class_names = SCENE_CLASSES if labels else ()
-        kind = "labeled scenes" if labels else "scenes"
+        self._render, self._class = (
+            (render_calm_clip, calm_scene_class) if calm else (render_clip, scene_class)
+        )
+        kind = f"{'labeled ' if labels else ''}{'calm ' if calm else ''}scenes"
         self.identity = f"{kind} from {first}, {frames} frames of {size} pixels"
 
     def __getitem__(self, draw: Draw) -> Sample:
-        clip = render_clip(self.first + draw.index, self.frames, self.size)  # uint8 [T, H, W, 3]
+        seed = self.first + draw.index
+        clip = self._render(seed, self.frames, self.size)  # uint8 [T, H, W, 3]
         if draw.still:
             frame = np.random.default_rng([draw.epoch, draw.index]).integers(self.frames)
             clip = clip[frame : frame + 1]
         video = torch.from_numpy(clip).permute(3, 0, 1, 2).float().div_(255.0).contiguous()
-        class_id = scene_class(self.first + draw.index) if self.class_names else -1
+        class_id = self._class(seed) if self.class_names else -1
         return {"video": video, "class_id": class_id, "replaced": 0}
 
 

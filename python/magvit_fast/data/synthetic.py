@@ -40,7 +40,7 @@ _EDGE = 3.0  # width of an object's soft edge: a slightly defocused camera, and 
 _SUBSTEPS = 4  # physics steps a frame: an object moves less than 1 px between collision tests
 
 # Vivid object colors and calm floor colors (RGB in [0, 1]), all easy to tell apart.
-_OBJECT_COLORS = np.array(
+OBJECT_COLORS = np.array(
     [
         [0.86, 0.28, 0.24],
         [0.90, 0.74, 0.26],
@@ -53,11 +53,11 @@ _OBJECT_COLORS = np.array(
     ],
     dtype=np.float32,
 )
-_FLOOR_COLORS = np.array(
+FLOOR_COLORS = np.array(
     [[0.20, 0.28, 0.45], [0.38, 0.26, 0.40], [0.22, 0.38, 0.36], [0.42, 0.36, 0.30]],
     dtype=np.float32,
 )
-# A scene's class is the color of its floor; in the order of _FLOOR_COLORS.
+# A scene's class is the color of its floor; in the order of FLOOR_COLORS.
 SCENE_CLASSES = ("blue floor", "purple floor", "green floor", "brown floor")
 
 
@@ -80,7 +80,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class _Looks:
-    """Colors [N, 3], box [N] (False: disc), angles, aspects [N], floor (row of _FLOOR_COLORS), waves,
+    """Colors [N, 3], box [N] (False: disc), angles, aspects [N], floor (row of FLOOR_COLORS), waves,
     tints [K, 3]."""
 
     colors: FloatArray
@@ -216,11 +216,11 @@ def _scene_looks(seed: int, count: int) -> _Looks:
     tints = rng.uniform(0.05, 0.10, size=(waves, 1)) + rng.uniform(-0.03, 0.03, size=(waves, 3))
     box = rng.random(count) < 0.5
     return _Looks(
-        colors=_OBJECT_COLORS[rng.permutation(len(_OBJECT_COLORS))[:count]],
+        colors=OBJECT_COLORS[rng.permutation(len(OBJECT_COLORS))[:count]],
         box=box,
         angles=rng.uniform(0.0, np.pi, size=count).astype(np.float32),
         aspects=rng.uniform(0.7, 1.0, size=count).astype(np.float32),
-        floor=int(rng.integers(len(_FLOOR_COLORS))),
+        floor=int(rng.integers(len(FLOOR_COLORS))),
         waves=np.stack(columns, axis=1).astype(np.float32),
         tints=tints.astype(np.float32),
     )
@@ -245,9 +245,7 @@ def render_clip(seed: int, frames: int = 17, size: int = 64) -> UInt8Array:
     Raises:
         ValueError: seed is negative, or frames or size is below 1.
     """
-    _check_counts(frames=frames, size=size)
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}")
+    check_clip(seed, frames, size)
     motion = scene_motion(seed, frames)
     looks = _scene_looks(seed, len(motion.radii))
     pixel = _VIEW / size
@@ -271,7 +269,7 @@ def _draw_floor(x: FloatArray, y: FloatArray, looks: _Looks) -> FloatArray:
     tints = np.concatenate([looks.tints, looks.tints])  # [2K, 3]
     weighted = tints.T[None, :, None, :] * down.transpose(0, 2, 1)[:, None]  # [T, 3, H, 2K]
     return np.asarray(
-        weighted @ across[:, None] + _FLOOR_COLORS[looks.floor][None, :, None, None],
+        weighted @ across[:, None] + FLOOR_COLORS[looks.floor][None, :, None, None],
         dtype=np.float32,
     )
 
@@ -305,6 +303,13 @@ def _draw_object(
     for channel, value in enumerate(looks.colors[index]):
         plane = picture[:, channel]
         plane += alpha * (value * light - plane)
+
+
+def check_clip(seed: int, frames: int, size: int) -> None:
+    """Raise the ValueError of `render_clip` for what no scene has."""
+    _check_counts(frames=frames, size=size)
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
 
 
 def _check_counts(**counts: int) -> None:

@@ -81,8 +81,8 @@ def generate(
     """Generate video by masked decoding (MAGVIT, algorithm 1): [B, C, T, H, W] in [0, 1].
 
     With an AutoregressiveTransformer, token after token instead (see decoding.autoregressive): of
-    the settings it takes temperature, top_k, top_p, seed and noise; steps, schedule and
-    choice_temperature say nothing there, and guidance has to be 0.
+    the settings it takes temperature, top_k, top_p, guidance, seed and noise; steps, schedule and
+    choice_temperature say nothing there.
 
     With a FrameTokenizer and a MaskViTTransformer, by MaskViT's rules (see decoding.maskvit): given
     frames stay, frame_prediction (1 given frame; dataclasses.replace for more) and
@@ -211,12 +211,12 @@ def generate_stream(
         )
     settings: MaskedDecoding | AutoregressiveDecoding
     if isinstance(transformer, AutoregressiveTransformer):
-        if guidance.scale > 0 or condition_mode != "commit":
+        if condition_mode != "commit":
             raise ValueError(
-                "guidance, condition_mode: expected 0 and 'commit' for an autoregressive "
-                f"transformer, got {guidance.scale} and {condition_mode!r}"
+                "condition_mode: expected 'commit' for an autoregressive transformer, got "
+                f"{condition_mode!r}"
             )
-        settings = AutoregressiveDecoding(temperature, top_k, top_p, seed)
+        settings = AutoregressiveDecoding(temperature, top_k, top_p, seed, guidance)
         passes = geometry.num_tokens
     else:
         check_choice("condition_mode", condition_mode, CONDITION_MODES)
@@ -290,6 +290,7 @@ def generate_tokens(
                 class_id=classes,
                 prompt_id=transformer.prompt_id(task.name, task.prompt),
                 condition=prefix,
+                unconditional_prompt_id=_free_prompt(transformer, task),
                 noise=None if noise is None else _of_kind(Tensor, noise),
                 first_step=first_step,
             )
@@ -362,11 +363,7 @@ def _check_prefix(transformer: TokenTransformer, task: Task, tokens: int) -> Non
 def _networks(
     transformer: TokenTransformer, task: Task, classes: Tensor | None, prefix: Tensor | None
 ) -> tuple[Predict, Predict]:
-    prompt = transformer.prompt_id(task.name, task.prompt)
-    # the released code: the unconditional branch is "full generation" where the model knows it
-    full = ("class_generation", "full_generation")
-    knows_full = not set(full).isdisjoint(transformer.config.prompts)
-    free = transformer.prompt_id(*full) if knows_full else prompt
+    prompt, free = transformer.prompt_id(task.name, task.prompt), _free_prompt(transformer, task)
 
     def conditional(tokens: Tensor, mask: Tensor) -> Tensor:
         logits: Tensor = transformer(
@@ -380,3 +377,11 @@ def _networks(
         return logits
 
     return conditional, unconditional
+
+
+def _free_prompt(transformer: TokenTransformer, task: Task) -> int | None:
+    """Of guidance's unconditional pass: "full generation" where the model knows it (released code)."""
+    full = ("class_generation", "full_generation")
+    if not set(full).isdisjoint(transformer.config.prompts):
+        return transformer.prompt_id(*full)
+    return transformer.prompt_id(task.name, task.prompt)

@@ -70,7 +70,8 @@ class DataConfig:
     """Where clips come from and how they are cut.
 
     source: "videos" reads `path` (a folder, or a text file that lists files); "scenes" renders
-        `scenes` synthetic training scenes.
+        `scenes` synthetic training scenes, "calm-scenes" as many of the simpler ones of
+        data/calm_scenes.py.
     frames, size: of a clip. strides, crop_scale, flip: see data.clips.Augmentation.
     image_ratio: share of batches made of single images instead of clips, spread evenly over the
         steps: 0.25 makes every fourth batch one of images (which have the clips' size).
@@ -81,7 +82,7 @@ class DataConfig:
         and no flip.
     """
 
-    source: Literal["videos", "scenes"] = "videos"
+    source: Literal["videos", "scenes", "calm-scenes"] = "videos"
     path: str = ""
     image_path: str = ""
     scenes: int = 100_000
@@ -95,7 +96,7 @@ class DataConfig:
     actions: bool = False
 
     def __post_init__(self) -> None:
-        if self.actions and (self.source == "scenes" or self.flip or self.strides != (1,)):
+        if self.actions and (self.source != "videos" or self.flip or self.strides != (1,)):
             raise ValueError(
                 "actions: expected source 'videos', strides [1] and flip false beside it, got "
                 f"{self.source!r}, {list(self.strides)} and {self.flip}"

@@ -21,9 +21,13 @@ def open_clips(config: DataConfig, seed: int, *, quiet: bool = False) -> ClipSou
     if config.image_path:
         clips = open_clips(replace(config, image_path=""), seed, quiet=quiet)
         return JointSource(clips, _video_clips(config, config.image_path, 1, seed, quiet))
-    if config.source == "scenes":
+    if config.source != "videos":
         return SceneClips(
-            config.scenes, frames=config.frames, size=config.size, labels=config.labels
+            config.scenes,
+            frames=config.frames,
+            size=config.size,
+            labels=config.labels,
+            calm=config.source == "calm-scenes",
         )
     return _video_clips(config, config.path, config.frames, seed, quiet)
 
