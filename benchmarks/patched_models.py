@@ -32,7 +32,7 @@ class Model(NamedTuple):
     size: int = 64
 
 
-# Cosmos cuts its clip into patches of 4x4x4 first, so a larger one leaves its levels about the same work.
+# Cosmos cuts its clip into patches of 4x4x4 first: its first level has the planes of the others then.
 MODELS = {
     "AutoencoderKLWan": Model("96 to 384"),
     "AutoencoderKLQwenImage": Model("96 to 384"),
@@ -40,7 +40,7 @@ MODELS = {
     "AutoencoderKLHunyuanVideo": Model("128 to 512"),
     "AutoencoderKLMagvit": Model("128 to 512"),
     "AutoencoderVidTok": Model("128 to 512"),
-    "AutoencoderKLCosmos": Model("128 to 512", 17, 128),
+    "AutoencoderKLCosmos": Model("128 to 512", 17, 256),
 }
 
 

@@ -101,7 +101,10 @@ def _foldable(owners: list[Any], args: tuple[Any, ...]) -> bool:
         return False
     x = args[0]
     alike = x.dtype == conv.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    return alike and native.served(x) and x.nbytes <= MAX_BYTES and _plain(owners)
+    large = x.nbytes > MAX_BYTES
+    return (
+        alike and native.served(x) and not (large or native.by_products(conv, x)) and _plain(owners)
+    )
 
 
 class Folded:

@@ -10,6 +10,9 @@ class's own code.
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -80,6 +83,70 @@ def pad_plane(x: Tensor, sides: list[int], mode: str) -> Tensor:
     return F.pad(x[None], (left, right, top, bottom), mode=how)[0]
 
 
+_kernels: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+
+
+def _kernel(module: nn.Module, weight: Tensor) -> Tensor:
+    """The weight with five axes: while it stays the same, the same tensor, as the op keeps its packed form."""
+    if weight.dim() == 5 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _five(weight)
+    found = _kernels.get(module)
+    if (
+        found is None
+        or (found.data_ptr(), found.dtype) != (weight.data_ptr(), weight.dtype)
+        or (found.shape, found.stride()) != (_five(weight).shape, _five(weight).stride())
+    ):
+        found = _kernels[module] = _five(weight)
+    return found
+
+
+_LOOPED = 16  # more items in a batch than this are left to the op
+
+
+def by_products(module: Any, x: Tensor) -> bool:
+    """Whether a convolution without extent in the plane is a few matrix products on x as it lies.
+
+    In channels-first order a kernel of our own would turn x around twice, which costs as much as these
+    convolutions themselves; BLAS reads and writes that order.
+    """
+    kernel = module.kernel_size
+    small = kernel == (1,) * len(kernel) or (len(kernel) == 3 and kernel[1:] == (1, 1))
+    return (
+        small
+        and x.dtype == module.weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.dim() == len(kernel) + 2
+        and x.shape[0] <= _LOOPED
+        and set(module.stride) == {1}
+        and module.groups == 1
+        and x.is_contiguous()
+        and module.weight.is_contiguous()
+        and not any(pads(module))
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.get_float32_matmul_precision() == "highest"
+    )
+
+
+def _products(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One matrix product for each tap in time: [C_out, C_in] times [C_in, positions]."""
+    taps = weight.flatten(2).permute(2, 0, 1).contiguous()
+    step = module.dilation[0] if x.dim() == 5 else 1
+    shape = list(x.shape)
+    shape[1], shape[2] = weight.shape[0], shape[2] - step * (len(taps) - 1)
+    y, plane = _native.in_huge_pages(x.new_empty(shape)), x[0, 0, 0].numel()
+    for source, result in zip(x.flatten(2), y.flatten(2), strict=True):
+        count = result.shape[1]
+        if bias is None:
+            torch.mm(taps[0], source[:, :count], out=result)
+        else:
+            torch.addmm(bias[:, None], taps[0], source[:, :count], out=result)
+        for i, tap in enumerate(taps[1:], 1):
+            result.addmm_(tap, source[:, i * step * plane : i * step * plane + count])
+    return y
+
+
 def convolve(
     module: Any,
     x: Tensor,
@@ -95,7 +162,7 @@ def convolve(
     """
     if weight is None:
         weight, bias = module.weight, module.bias
-    kernel = _five(weight)
+    kernel = _kernel(module, weight)
     y = ops.causal_conv3d(
         _layout(_five(x), kernel),
         kernel,
@@ -110,26 +177,91 @@ def convolve(
     return y[:, :, 0, 0] if x.dim() == 3 else y.squeeze(2)
 
 
+def taps_apart(module: Any, x: Tensor) -> bool:
+    """Whether channels stay alone and no value meets two taps, as in a wavelet of two taps."""
+    return (
+        module.groups == x.shape[1] == module.weight.shape[0]
+        and module.weight.shape[1] == 1
+        and x.dim() == module.weight.dim()
+        and x.dtype == module.weight.dtype
+        and tuple(module.stride) == tuple(module.kernel_size)
+        and set(module.dilation) == {1}
+        and not any(pads(module))
+        and module.weight[0].numel() <= 8
+        and min(n // s for n, s in zip(x.shape[2:], module.stride, strict=True)) > 0
+    )
+
+
+def _taps(module: Any, weight: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every tap: the values of `whole` that meet it, and its factors, one a channel."""
+    steps = tuple(module.stride)
+    ends = [n // s * s for n, s in zip(whole.shape[2:], steps, strict=True)]
+    for number, tap in enumerate(itertools.product(*[range(s) for s in steps])):
+        every = [slice(t, end, s) for t, end, s in zip(tap, ends, steps, strict=True)]
+        factors = weight[:, 0].flatten(1)[:, number].view(1, -1, *[1] * len(steps))
+        yield whole[(slice(None), slice(None), *every)], factors
+
+
+def _gather_taps(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor | None = None
+    for values, factors in _taps(module, weight, x):
+        y = values * factors if y is None else torch.addcmul(y, values, factors)
+    assert y is not None
+    return y if bias is None else y + bias.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def spread_taps(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The transposed convolution of a module whose taps are apart."""
+    sizes = [n * s for n, s in zip(x.shape[2:], module.stride, strict=True)]
+    y = x.new_empty(*x.shape[:2], *sizes)
+    for values, factors in _taps(module, weight, y):
+        values.copy_(x * factors)
+    return y if bias is None else y + bias.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def conv_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What nn.Conv1d, nn.Conv2d and nn.Conv3d do in `_conv_forward`; None: not served here and now."""
+    axes = weight.dim() - 2
+    # Under autocast the op casts both; elsewhere PyTorch's own error says what does not fit.
+    alike = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    if x.dim() not in (axes + 1, axes + 2) or not served(x) or not alike:
+        return None
+    if taps_apart(module, x):
+        return _gather_taps(module, x, weight, bias)
+    if by_products(module, x) and x.shape[2] > module.dilation[0] * (weight.shape[2] - 1):
+        return _products(module, x, weight, bias)
+    batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
+    mode = module.padding_mode
+    y = convolve(
+        module, batched, weight, bias, padding=pads(module), time_mode=mode, space_mode=mode
+    )
+    return y if x.dim() == axes + 2 else y.squeeze(0)
+
+
 class NativeConv:
     """Mixin over nn.Conv1d, nn.Conv2d and nn.Conv3d: `_conv_forward` through ops.causal_conv3d."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        module: Any = self
-        axes = weight.dim() - 2
-        # Under autocast the op casts both; elsewhere PyTorch's own error says what does not fit.
-        alike = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
-        if x.dim() not in (axes + 1, axes + 2) or not served(x) or not alike:
-            own: Tensor = super()._conv_forward(x, weight, bias)  # type: ignore[misc]
-            return own
-        batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
-        mode = module.padding_mode
-        y = convolve(
-            module, batched, weight, bias, padding=pads(module), time_mode=mode, space_mode=mode
-        )
-        return y if x.dim() == axes + 2 else y.squeeze(0)
+        y = conv_forward(self, x, weight, bias)
+        if y is None:
+            y = super()._conv_forward(x, weight, bias)  # type: ignore[misc]
+        return y
 
 
 # --- group normalization ----------------------------------------------------------------------
+def normalize(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    activation: Literal["silu"] | None,
+) -> Tensor | None:  # fmt: skip
+    """F.group_norm with an activation; None: not served here and now."""
+    if x.dim() not in (3, 4, 5) or not served(x):
+        return None
+    y = ops.group_norm_silu(
+        _five(x), num_groups, weight, bias, eps=eps, per_frame=False, activation=activation
+    )
+    return y.view_as(x) if x.dim() < 5 else y
+
+
 class NativeGroupNorm:
     """Mixin over nn.GroupNorm: statistics over all axes behind the channels, as PyTorch's."""
 
@@ -137,19 +269,13 @@ class NativeGroupNorm:
 
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
-        if x.dim() not in (3, 4, 5) or not served(x):
-            y: Tensor = super().forward(x)  # type: ignore[misc]
-            return F.silu(y) if self.native_activation == "silu" else y
-        y = ops.group_norm_silu(
-            _five(x),
-            module.num_groups,
-            module.weight,
-            module.bias,
-            eps=module.eps,
-            per_frame=False,
-            activation=self.native_activation,
+        y = normalize(
+            x, module.num_groups, module.weight, module.bias, module.eps, self.native_activation
         )
-        return y.view_as(x) if x.dim() < 5 else y
+        if y is not None:
+            return y
+        y = super().forward(x)  # type: ignore[misc]
+        return F.silu(y) if self.native_activation == "silu" else y
 
 
 class PassedThrough:

@@ -1,23 +1,24 @@
 """patch(): native kernels inside the models people already run, in place, and back again.
 
-Recognition is by what a module does, not by its name: a convolution of any class is taken if its
-class still hands over to PyTorch's own `_conv_forward` (so that padding, caches and chunking are done
-by the model's code as before), a group norm if its forward is PyTorch's own, a quantizer if it is the
-LFQ of vector-quantize-pytorch with options that our op serves. Everything else of those kinds is left
-alone and listed with the reason. Source of the facts on third-party models: their code as run.
+Recognition is by what a module does, not by its name: a convolution of any class is taken where its
+class hands over to PyTorch's own `_conv_forward` (native.py; what the class does around it is kept, or
+found out and made part of the call, folding.py), and any module that calls convolutions or group norms as
+functions by catching these calls (routing.py); a group norm if its forward is PyTorch's own; a quantizer if
+it is the LFQ of vector-quantize-pytorch with options that our op serves. Everything else of those kinds is
+left alone and listed with the reason. Source of the facts on third-party models: their code as run.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from magvit_fast.compat import folding, native
+from magvit_fast.compat import folding, native, routing, verification
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -60,28 +61,15 @@ class PatchReport:
 
 
 # --- recognition ------------------------------------------------------------------------------
-def _conv_obstacle(module: Any) -> str | None:
-    """Why this convolution cannot be proven to go through `_conv_forward` as PyTorch defines it."""
-    base = next(c for c in CONVOLUTIONS if isinstance(module, c))
-    cls = type(module)
-    if cls._conv_forward is not base._conv_forward:
-        return "its class has a _conv_forward of its own"
-    functional = base.__name__.lower()
-    for parent in cls.__mro__[: cls.__mro__.index(base)]:
-        for method in vars(parent).values():
-            if functional in getattr(getattr(method, "__code__", None), "co_names", ()):
-                return f"{parent.__name__} calls the functional {functional} itself"
-    if module.padding_mode not in native.PAD_MODES:
-        return f"padding_mode={module.padding_mode!r} is not served"
+def _conv_kind(module: Any) -> tuple[type, str | None]:
+    """(mixin, obstacle): by `_conv_forward` where it is sure to be called, else by routing."""
     if module.weight.is_complex():
-        return "complex weights"
-    return None
-
-
-def _norm_obstacle(module: nn.Module) -> str | None:
-    if type(module).forward is not nn.GroupNorm.forward:
-        return "its class has a forward of its own"
-    return None
+        return native.NativeConv, "complex weights"
+    base = next(c for c in CONVOLUTIONS if isinstance(module, c))
+    own = type(module)._conv_forward is not base._conv_forward
+    if own or routing.calls_functions(module) or module.padding_mode not in native.PAD_MODES:
+        return routing.Routed, None
+    return (folding.FoldedConv if folding.pads_itself(module) else native.NativeConv), None
 
 
 def _is_lfq(module: nn.Module) -> bool:
@@ -94,16 +82,18 @@ def _is_lfq(module: nn.Module) -> bool:
 def _find(module: nn.Module) -> tuple[str, type, str | None] | None:
     """(op, mixin, obstacle) for a module of a kind that is patched; None for any other."""
     if isinstance(module, CONVOLUTIONS):
-        mixin = folding.FoldedConv if folding.pads_itself(module) else native.NativeConv
-        return "causal_conv3d", mixin, _conv_obstacle(module)
+        return "causal_conv3d", *_conv_kind(module)
     if isinstance(module, nn.GroupNorm):
-        return "group_norm_silu", native.NativeGroupNorm, _norm_obstacle(module)
+        plain = type(module).forward is nn.GroupNorm.forward
+        return "group_norm_silu", native.NativeGroupNorm if plain else routing.Routed, None
     if _is_lfq(module):
         from magvit_fast.compat import vector_quantize_pytorch as ours
 
         return "lfq", ours.NativeLFQ, ours.obstacle(module)
     if isinstance(module, TRANSPOSED):
-        return "causal_conv3d", native.NativeConv, "transposed convolutions are not served"
+        return "causal_conv3d", routing.Routed, "transposed convolutions are not served"
+    if routing.calls_functions(module):
+        return "causal_conv3d", routing.Routed, None
     return None
 
 
@@ -132,11 +122,13 @@ def patch(
 
     Args:
         model: any module tree, on any device, in training or evaluation mode.
-        ops: which of "causal_conv3d" (all convolutions), "group_norm_silu" (nn.GroupNorm, with an
-            nn.SiLU right behind it in an nn.Sequential) and "lfq"; None for all.
+        ops: which of "causal_conv3d" (all convolutions, and other modules that call them as functions),
+            "group_norm_silu" (nn.GroupNorm, with an nn.SiLU right behind it in an nn.Sequential) and
+            "lfq"; None for all.
         verify: run each module on random input before and after, against float64, and refuse the swap
             whose error is more than twice the old one (in float32 and above the convolution's stated
-            1e-5 of the largest value). Draws no number from the global generators.
+            1e-5 of the largest value), or for which no input is found. Leaves the global generators as
+            they are.
         channels_last: also store the weights of swapped 2D and 3D convolutions in channels-last order.
             By PyTorch's own rule a convolution's result then has that order too, so that no layer
             between two convolutions transposes: faster, but a model that calls `.view` on its
@@ -159,11 +151,11 @@ def patch(
         kind, note = type(module).__name__, ""
         if obstacle is None:
             module.__class__ = native.native_class(type(module), mixin)
-            note = "native"
-            obstacle = _disagreement(module) if verify else None
+            note = "its functional calls are native" if mixin is routing.Routed else "native"
+            obstacle = verification.disagreement(module) if verify else None
             if obstacle is not None:
                 _restore(module)
-            elif channels_last and op == "causal_conv3d":
+            elif channels_last and isinstance(module, CONVOLUTIONS):
                 _reorder(module)
         if obstacle is None:
             report.swapped.append(Entry(name, kind, op, note))
@@ -230,72 +222,3 @@ def _fuse_activations(model: nn.Module) -> None:
             if native_norm and type(silu) is nn.SiLU and alone and not hooked:
                 norm.native_activation = "silu"
                 silu.__class__ = native.native_class(nn.SiLU, native.PassedThrough)
-
-
-# --- verification -----------------------------------------------------------------------------
-def _probe(module: Any) -> Tensor | None:
-    """A small random input of the module's device and dtype."""
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(module, CONVOLUTIONS):
-        reach = [
-            d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)
-        ]  # any padding of a mode that mirrors must fit as well
-        size = (2, module.in_channels, *(r + 5 + i for i, r in enumerate(reach)))
-    elif isinstance(module, nn.GroupNorm):
-        size = (2, module.num_channels, 3, 5, 4)
-    else:
-        return None
-    values = torch.randn(size, generator=generator, dtype=torch.float64)
-    like = module.weight
-    return values if like is None else values.to(like.device, like.dtype)
-
-
-def _disagreement(module: Any) -> str | None:
-    """Why the native form of `module` is refused, None where it is as good as the module's own."""
-    own = native.own_class(module)
-    assert own is not None
-    if _is_lfq(module):
-        return _lfq_disagreement(module, own)
-    x = _probe(module)
-    if x is None or x.device.type == "meta":
-        return None
-    conv = isinstance(module, CONVOLUTIONS)
-
-    def run(cls: Any, convert: Callable[[Tensor], Tensor]) -> Tensor:
-        weight, bias = (None if p is None else convert(p) for p in (module.weight, module.bias))
-        if conv:
-            result: Tensor = cls._conv_forward(module, convert(x), weight, bias)
-            return result
-        return torch.group_norm(convert(x), module.num_groups, weight, bias, module.eps)
-
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        exact = run(own, Tensor.double)
-        plain = run(own, torch.clone).double()
-        ours = (run(type(module), torch.clone) if conv else module(x)).double()
-    scale = float(exact.abs().max())
-    error, allowed = float((ours - exact).abs().max()), 2 * float((plain - exact).abs().max())
-    allowed += torch.finfo(x.dtype).eps * scale
-    if conv and x.dtype == torch.float32:
-        allowed = max(allowed, 1e-5 * scale)
-    if error <= allowed:
-        return None
-    return f"on random input its error is {error:.3g}, allowed {allowed:.3g}"
-
-
-def _lfq_disagreement(module: Any, own: Any) -> str | None:
-    """`_disagreement` for a quantizer: ids, codes and losses, as it stands (training or evaluation)."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 8, module.dim, generator=generator).to(module.zero.device)
-    x = features.movedim(-1, 1) if module.channel_first else features
-    results = []
-    for forward in (own.forward, type(module).forward):
-        with torch.random.fork_rng(), torch.no_grad():  # a fraction of positions is drawn
-            torch.manual_seed(0)
-            results.append(forward(module, x, inv_temperature=1.0))
-    plain, ours = results
-    close = torch.allclose(ours.quantized, plain.quantized, atol=1e-5) and torch.allclose(
-        ours.entropy_aux_loss, plain.entropy_aux_loss, atol=2e-5, rtol=1e-4
-    )
-    if close and torch.equal(ours.indices, plain.indices):
-        return None
-    return "on random input its ids, codes or losses differ"
