@@ -8,6 +8,8 @@ models/magvit_v2.py fix what the papers fix.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -20,10 +22,10 @@ from magvit_fast.nn.norm import MAX_GROUPS, NormCondition, group_count
 from magvit_fast.nn.quantize import LFQ, EntropyKind
 from magvit_fast.nn.recompute import checkpointed, norm_then
 from magvit_fast.nn.resample import AveragePool, NearestUpsample, Upsample, strided_conv
-from magvit_fast.nn.stream import StreamState
+from magvit_fast.nn.stream import StreamState, in_chunks
 from magvit_fast.nn.style import LayerStyle
 from magvit_fast.nn.vector_quantize import VectorQuantizer
-from magvit_fast.ops._checks import check_choice
+from magvit_fast.ops._checks import check_choice, runs_cpu_kernels
 from magvit_fast.ops.causal_conv3d import PAD_MODES
 
 QuantizerKind = Literal["lfq", "vq"]
@@ -153,6 +155,11 @@ class AutoencoderConfig:
 
     # ---- what follows ---------------------------------------------------------------------------
     @property
+    def streams(self) -> bool:
+        """Whether a frame can be computed before the ones after it are there."""
+        return self.frame_by_frame or (self.causal and not self.clip_norms)
+
+    @property
     def style(self) -> LayerStyle:
         """The kind of convolutions and norms."""
         return LayerStyle(
@@ -280,14 +287,45 @@ class DecoderLevel(nn.Module):
         self.factor = (2 ** sum(above), 2 ** len(above), 2 ** len(above))
 
     def forward(self, x: Tensor, latent: Tensor, state: StreamState | None = None) -> Tensor:
+        x = self.before_up(x, latent, state)
+        return x if self.up is None else self.up(x, state)
+
+    def before_up(self, x: Tensor, latent: Tensor, state: StreamState | None) -> Tensor:
         if self.cond_norm is not None:
             x = self.cond_norm(x, latent, self.factor)
         for block in self.blocks:
             x = block(x, state)
-        return x if self.up is None else self.up(x, state)
+        return x
 
 
 # ---- the two halves ------------------------------------------------------------------------------
+# Inference on the CPU takes the finest level of a large clip through time in pieces: its tensors are
+# the largest by far, and causal layers need few frames of the piece before. Four frames share the
+# products of a convolution (Winograd's algorithm over time), in pieces as in the whole.
+PIECE_FRAMES = 4
+PIECES_FROM = 1 << 25  # elements of a tensor of the finest level
+
+
+def _in_pieces(config: AutoencoderConfig, clip: Sequence[int], like: Tensor) -> bool:
+    """Whether the finest level of a clip [B, C, T, H, W] is taken through time in pieces."""
+    elements = config.widths[0] * math.prod(clip) // clip[1]
+    return (
+        elements > PIECES_FROM
+        and config.causal
+        and config.streams
+        and len(config.widths) > 1
+        and runs_cpu_kernels(like)  # plain torch would copy what a layer remembers at each piece
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _cut(frames: int, first: int, step: int) -> list[int]:
+    """Lengths of the pieces: `first` frames, then `step` at a time."""
+    rest = max(frames - first, 0)
+    return [min(first, frames)] + [step] * (rest // step) + [rest % step] * (rest % step > 0)
+
+
 class Encoder(nn.Module):
     """[B, C, T, H, W] -> latent [B, D, T', H', W'] before it is quantized.
 
@@ -296,6 +334,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        self._config = config
         self._build(config)
         self.checkpointed: frozenset[int] = frozenset()
 
@@ -308,12 +347,22 @@ class Encoder(nn.Module):
         self.conv_out = style.conv(widths[-1], config.latent_channels, 1)
 
     def forward(self, video: Tensor, state: StreamState | None = None) -> Tensor:
-        x = self.conv_in(video, state)
+        stride = 1 + self._config.temporal_downsample[0] if len(self.levels) > 1 else 1
+        frames = video.shape[2] - 1
+        if state is None and frames % stride == 0 and _in_pieces(self._config, video.shape, video):
+            pieces = video.split(_cut(frames + 1, 1 + PIECE_FRAMES, PIECE_FRAMES), 2)
+            x = in_chunks(self._finest, ((piece,) for piece in pieces), frames // stride + 1)
+        else:
+            x = self._finest(video, state)
         for i, level in enumerate(self.levels):
-            x = _run(level, i in self.checkpointed, x, state)
+            if i > 0:
+                x = _run(level, i in self.checkpointed, x, state)
         for block in self.mid_blocks:
             x = block(x, state)
         return norm_then(self.norm_out, self.conv_out, x, state)
+
+    def _finest(self, video: Tensor, state: StreamState | None) -> Tensor:
+        return _run(self.levels[0], 0 in self.checkpointed, self.conv_in(video, state), state)
 
 
 class Decoder(nn.Module):
@@ -321,6 +370,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        self._config = config
         self._build(config)
         self.checkpointed: frozenset[int] = frozenset()
 
@@ -337,10 +387,39 @@ class Decoder(nn.Module):
         x = self.conv_in(latent, state)
         for block in self.mid_blocks:
             x = block(x, state)
-        for i, level in enumerate(self.levels):
-            depth = len(self.levels) - 1 - i
-            x = _run(level, depth in self.checkpointed, x, latent, state)
+        in_pieces = state is None and _in_pieces(self._config, self._clip(latent), latent)
+        count = len(self.levels)
+        for i, level in enumerate(self.levels[: count - 2] if in_pieces else self.levels):
+            x = _run(level, count - 1 - i in self.checkpointed, x, latent, state)
+        if in_pieces:
+            return self._finest_in_pieces(x, latent)
         return norm_then(self.norm_out, self.conv_out, x, state)
+
+    def _clip(self, latent: Tensor) -> tuple[int, ...]:
+        """Shape of the video that a latent stands for."""
+        b, _, t, h, w = latent.shape
+        time, space = self._config.time_stride, self._config.space_stride
+        return b, self._config.in_channels, time * (t - 1) + 1, space * h, space * w
+
+    def _finest_in_pieces(self, x: Tensor, latent: Tensor) -> Tensor:
+        """The last two levels, the finest and its up-sampling in pieces: [B, C, ...] -> video."""
+        coarse, fine = self.levels[-2:]
+        assert isinstance(coarse, DecoderLevel)
+        up = coarse.up
+        assert up is not None
+
+        def finest(x: Tensor, latent: Tensor, state: StreamState) -> Tensor:
+            y = fine(up(x, state), latent, state)
+            return norm_then(self.norm_out, self.conv_out, y, state)
+
+        x = coarse.before_up(x, latent, None)
+        slots = max(PIECE_FRAMES // self._config.time_stride, 1)
+        step = slots * coarse.factor[0]
+        latents = latent.split(_cut(latent.shape[2], 1 + slots, slots), 2)
+        frames = self._clip(latent)[2]
+        return in_chunks(
+            finest, zip(x.split(_cut(x.shape[2], 1 + step, step), 2), latents, strict=True), frames
+        )
 
 
 def _run(level: nn.Module, recompute: bool, *args: Tensor | StreamState | None) -> Tensor:

@@ -152,8 +152,7 @@ class VideoTokenizer(PretrainedMixin):
     @property
     def streams(self) -> bool:
         """Whether chunks can be encoded and decoded before the last frame is there."""
-        config = self.config
-        return config.frame_by_frame or (config.causal and not config.clip_norms)
+        return self.config.streams
 
     @torch.no_grad()
     def _encode_chunk(self, chunk: Tensor, state: StreamState) -> Tensor:

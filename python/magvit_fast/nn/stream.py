@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,37 @@ class StreamState:
     def num_bytes(self) -> int:
         """Bytes held now."""
         return sum(t.numel() * t.element_size() for t in self._history.values())
+
+
+def in_chunks(
+    layer: Callable[..., Tensor], pieces: Iterable[tuple[Tensor, ...]], frames: int
+) -> Tensor:
+    """layer(*piece, state) for one piece of a video after another, put together along time.
+
+    What lies between the pieces and the result exists for one piece alone, at the price of the
+    frames that each layer remembers; StreamState says when that equals the whole.
+
+    Args:
+        layer: part of a causal network; its last argument is the state.
+        pieces: arguments [B, C, t, H, W] for consecutive frames.
+        frames: length of the result.
+    """
+    state, at = StreamState(), 0
+    whole: Tensor | None = None
+    for piece in pieces:
+        part = layer(*piece, state)
+        state.started = True
+        if whole is None:
+            b, c, _, h, w = part.shape
+            layout = torch.channels_last_3d if part.stride(1) == 1 else torch.contiguous_format
+            whole = torch.empty(
+                (b, c, frames, h, w), dtype=part.dtype, device=part.device, memory_format=layout
+            )
+        whole[:, :, at : at + part.shape[2]] = part
+        at += part.shape[2]
+    if whole is None or at != frames:
+        raise ValueError(f"frames: expected {at}, the frames of all pieces, got {frames}")
+    return whole
 
 
 def rechunk(

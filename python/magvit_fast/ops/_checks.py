@@ -145,3 +145,9 @@ def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
     )
+
+
+def runs_cpu_kernels(x: Tensor) -> bool:
+    """Whether an op that is not told otherwise runs its CPU kernel on x."""
+    obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
+    return x.device.type == "cpu" and _native.use_native("auto", "auto", obstacle)
