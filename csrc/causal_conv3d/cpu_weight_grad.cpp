@@ -2,8 +2,8 @@
 // Previous hop: bindings.cpp.
 // Next hop: weight_grad.simd.cpp.
 //
-// An item sums over all pixels in a fixed order, whatever the cutting: results do not depend on
-// threads.
+// An item sums over its pixels in a fixed order, and pixels are shared out by the shape alone:
+// results do not depend on threads.
 #include "causal_conv3d/causal_conv3d.h"
 #include "causal_conv3d/cpu_sides.h"
 #include "causal_conv3d/cpu_winograd.h"
@@ -11,17 +11,48 @@
 #include "causal_conv3d/weight_grad.h"
 #include "causal_conv3d/workspace.h"
 #include "common/check.h"
+#include "common/half.h"
 #include "common/parallel.h"
 
 namespace magvit_fast::cpu {
 namespace {
 
-constexpr index_t kSumBytes = 512 * 1024;  // an item's sums stay in the L2 cache
+constexpr index_t kSumBytes = 512 * 1024;    // an item's sums stay in the L2 cache
+constexpr index_t kSmallBytes = 128 * 1024;  // sums that are cheap to add up: pixels are shared out
+constexpr index_t kSlicedItems = 16;
+
+// Few output channels, few lanes: where each pixel of x meets at most one of y a tap, x can be the
+// fixed side with its channels along vectors, and y moves over it with its taps in reverse.
+bool swaps_sides(const Conv3dShape& s, index_t lanes) {
+  const index_t in = s.in_channels / s.groups, out = s.out_channels / s.groups;
+  if (round_up(out, lanes) * in <= round_up(in, lanes) * out) return false;
+  for (const AxisMap& a : {s.t, s.h, s.w})
+    if (a.stride != 1 || a.mode != PadMode::zeros) return false;
+  return true;
+}
+
+AxisMap reversed(const AxisMap& a) {
+  return {a.out, a.source, a.kernel, 1, a.dilation, (a.kernel - 1) * a.dilation - a.front, a.mode};
+}
+
+// The shape with its sides as the kernel sees them.
+struct Sides {
+  Conv3dShape s;
+  bool swapped;
+
+  Sides(const Conv3dShape& shape, int isa)
+      : s(with_flat_plane(shape)), swapped(swaps_sides(s, gather_lanes(isa))) {
+    if (!swapped) return;
+    std::swap(s.in_channels, s.out_channels);
+    s.t = reversed(s.t), s.h = reversed(s.h), s.w = reversed(s.w);
+  }
+};
 
 struct Cut {
   index_t vector_channels, scalar_channels;  // per group
-  index_t vector_block, scalar_block, tap_block;
-  index_t vector_blocks, scalar_blocks, tap_blocks, items;
+  index_t vector_block, scalar_block, tap_rows;
+  index_t vector_blocks, scalar_blocks, tap_blocks, items, slices;
+  index_t item_sums;  // floats
 };
 
 // Which channels run along vectors: the choice that wastes fewer lanes.
@@ -30,49 +61,153 @@ bool vectors_over_output(const Conv3dShape& s, index_t lanes) {
   return round_up(out, lanes) * in <= round_up(in, lanes) * out;
 }
 
-Cut cut(const Conv3dShape& s, const ExecContext& ctx) {
+Cut cut(const Conv3dShape& s, const WeightGradParams& p, const ExecContext& ctx) {
   Cut c;
-  const index_t in = s.in_channels / s.groups, out = s.out_channels / s.groups;
-  const bool over_output = vectors_over_output(s, gather_lanes(ctx.isa));
-  c.vector_channels = over_output ? out : in;
-  c.scalar_channels = over_output ? in : out;
+  c.vector_channels = p.vector_is_output ? p.out_group : p.in_group;
+  c.scalar_channels = p.vector_is_output ? p.in_group : p.out_group;
   c.vector_block = gather_columns(ctx.isa);
   c.vector_blocks = ceil_div(c.vector_channels, c.vector_block);
   c.scalar_blocks = ceil_div(c.scalar_channels, kScalarChannels);
   c.scalar_block = ceil_div(c.scalar_channels, c.scalar_blocks);
-  // All taps together, one kt, one (kt, kh) or one tap: as many as the cache holds and threads
-  // allow.
-  const index_t row = s.w.kernel, frame = s.h.kernel * row;
-  for (const index_t taps : {s.t.kernel * frame, frame, row, index_t{1}}) {
-    c.tap_block = taps;
-    c.tap_blocks = s.t.kernel * frame / taps;
-    c.items = s.groups * c.vector_blocks * c.scalar_blocks * c.tap_blocks;
-    const index_t bytes = weight_grad_sums(taps, ctx.isa) * 4;
-    if (bytes <= kSumBytes && c.items >= 4 * ctx.num_threads) break;
+  const index_t widest = round_up(least(c.vector_block, c.vector_channels), gather_lanes(ctx.isa));
+  const index_t row_sums = s.w.kernel * c.scalar_block * widest;
+  const index_t whole = s.groups * c.vector_blocks * c.scalar_blocks;
+  // All taps together, one kt, or one (kt, kh): as many as the cache holds and threads allow.
+  for (const index_t rows : {s.t.kernel * s.h.kernel, s.h.kernel, index_t{1}}) {
+    c.tap_rows = rows;
+    c.tap_blocks = s.t.kernel * s.h.kernel / rows;
+    c.items = whole * c.tap_blocks;
+    c.item_sums = rows * row_sums;
+    c.slices = 1;
+    if (c.tap_blocks == 1 && c.item_sums * 4 <= kSmallBytes) {
+      c.slices = least(ceil_div(kSlicedItems, whole), grad_blocks(p, ctx.isa));
+      break;
+    }
+    if (c.item_sums * 4 <= kSumBytes && c.items >= 4 * ctx.num_threads) break;
   }
   return c;
-}
-
-index_t thread_floats(const Cut& c, int isa) {
-  return weight_grad_sums(c.tap_block, isa) + weight_grad_packed(isa);
 }
 
 struct Tables {
   std::int32_t *t, *h, *w;
 };
 
+index_t padded_columns(const AxisMap& a) {
+  return (a.out - 1) * a.stride + (a.kernel - 1) * a.dilation + 1;
+}
+
 Tables take_tables(const Conv3dShape& s, Workspace& workspace) {
   return {workspace.take<std::int32_t>(s.t.kernel * s.t.out),
           workspace.take<std::int32_t>(s.h.kernel * s.h.out),
-          workspace.take<std::int32_t>(s.w.kernel * s.w.out)};
+          workspace.take<std::int32_t>(padded_columns(s.w))};
 }
 
-void fill(const AxisMap& axis, index_t step, std::int32_t* table) {
+void fill(const AxisMap& axis, std::int32_t* table) {
   for (index_t k = 0; k < axis.kernel; ++k)
-    for (index_t o = 0; o < axis.out; ++o) {
-      const index_t source = source_index(axis, o, k);
-      *table++ = source < 0 ? -1 : static_cast<std::int32_t>(source * step);
+    for (index_t o = 0; o < axis.out; ++o)
+      *table++ = static_cast<std::int32_t>(source_index(axis, o, k));
+}
+
+struct Plan {
+  WeightGradParams params{};
+  Cut cut;
+  Tables tables;
+  float* sums;    // [item][slice], or of each thread
+  float* packed;  // of each thread
+  index_t packed_size;
+};
+
+Plan make_plan(const Sides& sides, const Conv3dWeightGradParams& of, const ExecContext& ctx,
+               Workspace& workspace) {
+  Plan plan;
+  const Conv3dShape& s = sides.s;
+  WeightGradParams& p = plan.params;
+  if (sides.swapped) {
+    p.source = {nullptr,      const_cast<void*>(of.dy), 0, s.t.source, s.h.source, s.w.source,
+                s.in_channels};
+    p.output = {const_cast<void*>(of.history),
+                const_cast<void*>(of.x),
+                s.history_frames,
+                s.frames,
+                s.h.out,
+                s.w.out,
+                s.out_channels};
+  } else {
+    p.source = source_side(s, of.history, of.x);
+    p.output = output_side(s, of.dy);
+  }
+  p.batch = s.batch, p.groups = s.groups;
+  p.in_group = s.in_channels / s.groups, p.out_group = s.out_channels / s.groups;
+  p.kernel_t = s.t.kernel, p.kernel_h = s.h.kernel, p.kernel_w = s.w.kernel;
+  p.stride_w = s.w.stride, p.dilation_w = s.w.dilation;
+  p.vector_is_output = sides.swapped || vectors_over_output(s, gather_lanes(ctx.isa));
+  p.dtype = s.dtype;
+  const index_t width = p.output.width, rows = grad_line_rows(s.dtype, ctx.isa);
+  p.block_columns = ceil_div(width, ceil_div(width, kGradPixels));
+  p.block_lines = least(kGradPixels / p.block_columns, ceil_div(p.output.height, rows));
+  plan.tables = take_tables(s, workspace);
+  p.t_source = plan.tables.t, p.h_source = plan.tables.h, p.w_source = plan.tables.w;
+  plan.cut = cut(s, p, ctx);
+  const index_t kept = plan.cut.slices > 1 ? plan.cut.items * plan.cut.slices : ctx.num_threads;
+  plan.sums = workspace.take<float>(kept * plan.cut.item_sums);
+  plan.packed_size = grad_packed(p, ctx.isa);
+  plan.packed = workspace.take<float>(plan.packed_size * ctx.num_threads);
+  return plan;
+}
+
+WeightGradItem item_of(const Plan& plan, index_t i, index_t slice, int isa) {
+  const Cut& c = plan.cut;
+  const auto part = [&i](index_t count, index_t block, index_t size, index_t& begin, index_t& end) {
+    begin = i % count * block;
+    end = least(begin + block, size);
+    i /= count;
+  };
+  WeightGradItem item;
+  part(c.tap_blocks, c.tap_rows, c.tap_blocks * c.tap_rows, item.tap_row_begin, item.tap_row_end);
+  part(c.scalar_blocks, c.scalar_block, c.scalar_channels, item.scalar_begin, item.scalar_end);
+  part(c.vector_blocks, c.vector_block, c.vector_channels, item.vector_begin, item.vector_end);
+  item.group = i;
+  const index_t blocks = grad_blocks(plan.params, isa);
+  item.block_begin = blocks * slice / c.slices;
+  item.block_end = blocks * (slice + 1) / c.slices;
+  return item;
+}
+
+// An item's sums into its part of dweight [out_channels, in_channels / groups, taps].
+template <class T>
+void write(const WeightGradParams& p, const WeightGradItem& item, bool swapped, index_t lanes,
+           const float* sums, T* dweight) {
+  const index_t all_taps = p.kernel_t * p.kernel_h * p.kernel_w;
+  const index_t first = item.tap_row_begin * p.kernel_w;
+  const index_t taps = item.tap_row_end * p.kernel_w - first;
+  const index_t scalars = item.scalar_end - item.scalar_begin;
+  const index_t columns = round_up(item.vector_end - item.vector_begin, lanes);
+  for (index_t s = 0; s < scalars; ++s)
+    for (index_t v = item.vector_begin; v < item.vector_end; ++v) {
+      const index_t scalar = item.scalar_begin + s;
+      index_t out = p.vector_is_output ? v : scalar, in = p.vector_is_output ? scalar : v;
+      index_t outs = p.out_group, ins = p.in_group;
+      if (swapped) std::swap(out, in), std::swap(outs, ins);
+      T* to = dweight + ((item.group * outs + out) * ins + in) * all_taps;
+      const float* from = sums + s * columns + v - item.vector_begin;
+      for (index_t tap = 0; tap < taps; ++tap)
+        to[swapped ? all_taps - 1 - first - tap : first + tap] =
+            from_float<T>(from[tap * scalars * columns]);
     }
+}
+
+void write(const WeightGradItem& item, const Plan& plan, const Sides& sides, int isa,
+           const float* sums, void* dweight) {
+  const WeightGradParams& p = plan.params;
+  const index_t lanes = gather_lanes(isa);
+  switch (p.dtype) {
+    case DType::f32:
+      return write(p, item, sides.swapped, lanes, sums, static_cast<float*>(dweight));
+    case DType::bf16:
+      return write(p, item, sides.swapped, lanes, sums, static_cast<bf16_t*>(dweight));
+    case DType::f16:
+      return write(p, item, sides.swapped, lanes, sums, static_cast<f16_t*>(dweight));
+  }
 }
 
 }  // namespace
@@ -81,50 +216,38 @@ std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const 
   if (winograd_serves(shape, ConvOp::weight_grad, ctx.isa))
     return winograd_weight_grad_workspace(shape, ctx);
   Workspace workspace(nullptr);
-  take_tables(shape, workspace);
-  workspace.take<float>(thread_floats(cut(shape, ctx), ctx.isa) * ctx.num_threads);
+  make_plan(Sides(shape, ctx.isa), {shape, nullptr, nullptr, nullptr, nullptr, nullptr}, ctx,
+            workspace);
   return workspace.bytes();
 }
 
 void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
-  const Conv3dShape& s = p.shape;
-  if (winograd_serves(s, ConvOp::weight_grad, ctx.isa)) return winograd_weight_grad(p, ctx);
-  check(s.w.source * s.in_channels < (index_t{1} << 31),
+  if (winograd_serves(p.shape, ConvOp::weight_grad, ctx.isa)) return winograd_weight_grad(p, ctx);
+  check(p.shape.w.source * p.shape.in_channels < (index_t{1} << 31),
         "causal_conv3d: a row of x has more than 2^31 elements");
-  const Cut c = cut(s, ctx);
   Workspace workspace(p.workspace);
-  const Tables tables = take_tables(s, workspace);
-  const index_t floats = thread_floats(c, ctx.isa);
-  float* memory = workspace.take<float>(floats * ctx.num_threads);
-  fill(s.t, 1, tables.t);
-  fill(s.h, 1, tables.h);
-  fill(s.w, s.in_channels, tables.w);
-
-  WeightGradParams w{};
-  w.source = source_side(s, p.history, p.x);
-  w.output = output_side(s, p.dy);
-  w.dweight = p.dweight;
-  w.batch = s.batch, w.groups = s.groups;
-  w.in_group = s.in_channels / s.groups, w.out_group = s.out_channels / s.groups;
-  w.kernel_t = s.t.kernel, w.kernel_h = s.h.kernel, w.kernel_w = s.w.kernel;
-  w.t_source = tables.t, w.h_source = tables.h, w.w_source = tables.w;
-  w.vector_is_output = vectors_over_output(s, gather_lanes(ctx.isa));
-  w.dtype = s.dtype;
+  const Sides sides(p.shape, ctx.isa);
+  const Plan plan = make_plan(sides, p, ctx, workspace);
+  const AxisMap& w = sides.s.w;
+  fill(sides.s.t, plan.tables.t);
+  fill(sides.s.h, plan.tables.h);
+  for (index_t q = 0; q < padded_columns(w); ++q)
+    plan.tables.w[q] = static_cast<std::int32_t>(source_at(w, q - w.front));
 
   const auto kernel = MF_PICK_SIMD(conv3d_weight_grad, ctx.isa);
-  parallel_items(c.items, ctx.num_threads, [&](index_t i, int thread) {
-    const auto part = [&i](index_t count, index_t block, index_t size, index_t& begin,
-                           index_t& end) {
-      begin = i % count * block;
-      end = begin + block < size ? begin + block : size;
-      i /= count;
-    };
-    WeightGradItem item;
-    part(c.tap_blocks, c.tap_block, c.tap_blocks * c.tap_block, item.tap_begin, item.tap_end);
-    part(c.scalar_blocks, c.scalar_block, c.scalar_channels, item.scalar_begin, item.scalar_end);
-    part(c.vector_blocks, c.vector_block, c.vector_channels, item.vector_begin, item.vector_end);
-    item.group = i;
-    kernel(w, item, memory + thread * floats);
+  const Cut& c = plan.cut;
+  parallel_items(c.items * c.slices, ctx.num_threads, [&](index_t i, int thread) {
+    const WeightGradItem item = item_of(plan, i / c.slices, i % c.slices, ctx.isa);
+    float* sums = plan.sums + (c.slices > 1 ? i : thread) * c.item_sums;
+    kernel(plan.params, item, sums, plan.packed + thread * plan.packed_size);
+    if (c.slices == 1) write(item, plan, sides, ctx.isa, sums, p.dweight);
+  });
+  if (c.slices == 1) return;
+  parallel_items(c.items, ctx.num_threads, [&](index_t i, int) {
+    float* sums = plan.sums + i * c.slices * c.item_sums;
+    for (index_t slice = 1; slice < c.slices; ++slice)
+      for (index_t k = 0; k < c.item_sums; ++k) sums[k] += sums[slice * c.item_sums + k];
+    write(item_of(plan, i, 0, ctx.isa), plan, sides, ctx.isa, sums, p.dweight);
   });
 }
 
