@@ -5,6 +5,8 @@
 Prints one table: seconds of the native kernels and of plain PyTorch in the better of its two memory formats
 (which one is said), the ratio, and peak memory. Times are medians of interleaved rounds in one process. Memory is
 the peak of a fresh process that does the work once: all of it, and what came on top of the weights and inputs.
+In inference the native modules take the finest level of a large clip through time in pieces; the reference takes
+it whole, since plain PyTorch would copy the frames that layers remember.
 The training step is the generator's of another preset: forward, reconstruction and quantizer losses, backward, Adam.
 """
 
@@ -194,6 +196,18 @@ def render(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def keep(out: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """Write the rows, and those of other works that an earlier run on this machine has left there."""
+    earlier = json.loads(out.read_text()) if out.exists() else {"machine": machine, "rows": []}
+    if earlier["machine"] != machine:
+        raise SystemExit(f"{out}: holds rows of another machine or version: {earlier['machine']}")
+    new = {r["work"] for r in rows}
+    rows = [r for r in earlier["rows"] if r["work"] not in new] + rows
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(render(rows, machine) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="magvit-v2-base", help="of encode and decode")
@@ -206,7 +220,9 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", default=["encode", "decode", "train"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file, a table beside it; rows of other works in it stay"
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -230,8 +246,7 @@ def main() -> None:
         print(render(rows[-1:], {}).splitlines()[-1], flush=True)
     machine = describe()
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        keep(args.out, rows, machine)
     print("\n" + render(rows, machine))
 
 
