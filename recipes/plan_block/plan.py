@@ -6,6 +6,13 @@ renders clips with drawn actions, trains both stages by the recipes beside this 
 cross-entropy method: 5 passes a prediction, without noise, as VP2 plans with MaskViT. Prints how far
 from the goal the block ends, against random actions and against planning on the true dynamics, and
 writes report.json. A run that was stopped goes on at its last checkpoint.
+
+What came out, with the numbers below and the recipes as they are (one training, 4 starts and goals 12 to 20 pixels
+apart, 7 actions each, under 4 minutes of one CPU core), in pixels from the goal on average, and at worst:
+planning by the likelihood of the goal's tokens 1.2 (3.0), on the true dynamics 1.4 (2.5), by pixels 9.2
+(20.4: two of four episodes do not arrive), by token codes 11.5 (20.0), random actions 12.1 (13.5), none 15.5.
+The model's single predictions are rough: on a held-out clip 17.6 to 19.4 dB, behind copying the last frame in
+three of four frames (17.5 to 21.0 dB), and 23 % of drawn action sequences explain it better than the recorded one.
 """
 
 from __future__ import annotations
