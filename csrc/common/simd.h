@@ -125,16 +125,21 @@ static inline void store_some(f16_t* p, vf v, int n) {
 
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vf min(vf a, vf b) { return a < b ? a : b; }
+// Over all lanes, by halves.
+template <class Op>
+static inline float over_lanes(vf v, const Op& op) {
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    v = op(v, __builtin_shuffle(v, (lane + half) & (kLanes - 1)));
+  return v[0];
+}
 static inline float sum_lanes(vf v) {
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  return over_lanes(v, [](vf a, vf b) { return a + b; });
 }
-static inline float max_lanes(vf v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
+static inline float max_lanes(vf v) { return over_lanes(v, max); }
+static inline float min_lanes(vf v) { return over_lanes(v, min); }
 
 }  // namespace MF_ISA
 }  // namespace magvit_fast
