@@ -2,8 +2,10 @@
 // Previous hop: cpu.cpp.
 // Next hop: none.
 //
-// Channels-last: f_w * C adjacent elements are adjacent on both sides, copied as one run.
-// Channels-first: a row interleaves f_w rows of the other side.
+// Channels-last: f_w * C adjacent elements are adjacent on both sides, copied as one run; by
+// vectors in place, because a run is a few hundred bytes and a call of memcpy for each costs a
+// fifth more (35.7 MB, one thread: 6.3 to 4.7 ms; one copy of all of it 3.8). Channels-first: a row
+// interleaves f_w rows of the other side.
 #include "common/simd.h"
 #include "depth_to_space3d/depth_to_space3d.h"
 
@@ -11,20 +13,31 @@ namespace magvit_fast {
 namespace MF_ISA {
 namespace {
 
+inline void copy_run(char* to, const char* from, index_t bytes) {
+  constexpr index_t kBytes = kLanes * 4;
+  if (bytes < kBytes) {
+    std::memcpy(to, from, static_cast<std::size_t>(bytes));
+    return;
+  }
+  for (index_t i = 0; i + kBytes <= bytes; i += kBytes) store_as(to + i, load_as<vi>(from + i));
+  const index_t last = bytes - kBytes;  // may overlap what is written already
+  if (bytes % kBytes) store_as(to + last, load_as<vi>(from + last));
+}
+
 void runs(const DepthToSpace3dParams& p, const DepthToSpace3dRow& row) {
   const index_t size = p.element_bytes;
-  const auto bytes = static_cast<std::size_t>(p.factor[2] * p.channels * size);
+  const index_t bytes = p.factor[2] * p.channels * size;
   const char* from = static_cast<const char*>(p.from);
   char* to = static_cast<char*>(p.to);
   for (index_t w = 0; w < p.width; ++w) {
     const index_t deep = (row.deep + w * row.step) * size;
     const index_t wide = (row.wide + w * p.factor[2] * p.channels) * size;
     if (!p.to_depth)
-      std::memcpy(to + wide, from + deep, bytes);
+      copy_run(to + wide, from + deep, bytes);
     else if (row.dropped)
-      std::memset(to + deep, 0, bytes);
+      std::memset(to + deep, 0, static_cast<std::size_t>(bytes));
     else
-      std::memcpy(to + deep, from + wide, bytes);
+      copy_run(to + deep, from + wide, bytes);
   }
 }
 

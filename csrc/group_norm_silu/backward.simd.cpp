@@ -13,8 +13,6 @@ namespace magvit_fast {
 namespace MF_ISA {
 namespace {
 
-constexpr index_t kRows = 16;  // positions whose sums stay in registers
-
 inline void add_to(float* p, vf v) { store(p, load(p) + v); }
 
 template <class T>
@@ -38,25 +36,25 @@ template <bool kSilu, class T>
 void sums_plain(const GroupNormSiluInput& in, const Affine& table, const Slab<T>& slab,
                 float* sum_dn, float* sum_dnx) {
   const index_t channels = in.channels;
-  for (index_t r = 0; r < slab.positions; r += kRows) {
-    const index_t rows = slab.positions - r < kRows ? slab.positions - r : kRows;
-    const T *x = slab.x + r * channels, *dy = slab.dy + r * channels;
-    over_channels(channels, [&](index_t c, int n, auto whole) {
-      constexpr bool kWhole = decltype(whole)::value;
-      const vf center = load(table.center + c), gain = load(table.gain + c),
-               offset = load(table.offset + c);
-      vf first{}, second{};
-      for (index_t i = 0; i < rows; ++i) {
-        const vf d = get<kWhole>(x + i * channels + c, n) - center;
-        const vf dn =
-            through_activation<kSilu>(get<kWhole>(dy + i * channels + c, n), d * gain + offset);
-        first += dn;
-        second += dn * d;
+  over_tiles(slab.positions, channels, [&](index_t row, index_t rows, index_t c, int n, auto tile) {
+    using Shape = decltype(tile);
+    const TileTable<Shape> center(table.center + c), gain(table.gain + c), offset(table.offset + c);
+    const T *x = slab.x + row * channels + c, *dy = slab.dy + row * channels + c;
+    vf first[Shape::vectors] = {}, second[Shape::vectors] = {};
+    for (index_t r = 0; r < rows; ++r, x += channels, dy += channels)
+#pragma GCC unroll 4
+      for (int v = 0; v < Shape::vectors; ++v) {
+        const vf d = get<Shape::whole>(x + v * kLanes, n) - center.at[v];
+        const vf dn = through_activation<kSilu, T>(get<Shape::whole>(dy + v * kLanes, n),
+                                                   d * gain.at[v] + offset.at[v]);
+        first[v] += dn;
+        second[v] += dn * d;
       }
-      add_to(sum_dn + c, first);
-      add_to(sum_dnx + c, second);
-    });
-  }
+    for (int v = 0; v < Shape::vectors; ++v) {
+      add_to(sum_dn + c + v * kLanes, first[v]);
+      add_to(sum_dnx + c + v * kLanes, second[v]);
+    }
+  });
 }
 
 template <bool kSilu, class T>
@@ -81,8 +79,8 @@ void sums_adaptive(const GroupNormSiluBackward& p, const Affine& table, const Sl
         const vf d = get<kWhole>(x + c, n) - load(table.center + c);
         const vf normed = d * load(table.gain + c) + load(table.offset + c);
         const vf slope = 1.0f + get<kWhole>(scale + c, n);
-        const vf du = through_activation<kSilu>(get<kWhole>(dy + c, n),
-                                                normed * slope + get<kWhole>(shift + c, n));
+        const vf du = through_activation<kSilu, T>(get<kWhole>(dy + c, n),
+                                                   normed * slope + get<kWhole>(shift + c, n));
         float *to_scale = p.dscale + cell + c, *to_shift = p.dshift + cell + c;
         put<kWhole>(to_scale, get<kWhole>(to_scale, n) + du * normed, n);
         put<kWhole>(to_shift, get<kWhole>(to_shift, n) + du, n);
@@ -109,24 +107,22 @@ void sums_of(const GroupNormSiluBackward& p, const GroupNormSiluPlan& plan, inde
 template <bool kSilu, class T>
 void input_grad_plain(const GroupNormSiluInput& in, const Affine& table, const Terms& terms,
                       const Slab<T>& slab) {
-  constexpr int kShared = 4;  // positions that share one reading of the tables
   const index_t channels = in.channels;
-  for (index_t r = 0; r < slab.positions; r += kShared) {
-    const index_t rows = slab.positions - r < kShared ? slab.positions - r : kShared;
-    const index_t first = r * channels;
-    over_channels(channels, [&](index_t c, int n, auto whole) {
-      constexpr bool kWhole = decltype(whole)::value;
-      const vf center = load(table.center + c), gain = load(table.gain + c),
-               offset = load(table.offset + c);
-      const vf slant = load(terms.slant + c), level = load(terms.level + c);
-      for (index_t i = 0; i < rows; ++i) {
-        const index_t at = first + i * channels + c;
-        const vf d = get<kWhole>(slab.x + at, n) - center;
-        const vf dn = through_activation<kSilu>(get<kWhole>(slab.dy + at, n), d * gain + offset);
-        put<kWhole>(slab.dx + at, dn * gain - d * slant - level, n);
+  over_tiles(slab.positions, channels, [&](index_t row, index_t rows, index_t c, int n, auto tile) {
+    using Shape = decltype(tile);
+    const TileTable<Shape> center(table.center + c), gain(table.gain + c), offset(table.offset + c),
+        slant(terms.slant + c), level(terms.level + c);
+    index_t at = row * channels + c;
+    for (index_t r = 0; r < rows; ++r, at += channels)
+#pragma GCC unroll 4
+      for (int v = 0; v < Shape::vectors; ++v) {
+        const vf d = get<Shape::whole>(slab.x + at + v * kLanes, n) - center.at[v];
+        const vf dn = through_activation<kSilu, T>(get<Shape::whole>(slab.dy + at + v * kLanes, n),
+                                                   d * gain.at[v] + offset.at[v]);
+        put<Shape::whole>(slab.dx + at + v * kLanes,
+                          dn * gain.at[v] - d * slant.at[v] - level.at[v], n);
       }
-    });
-  }
+  });
 }
 
 template <bool kSilu, class T>
@@ -144,7 +140,7 @@ void input_grad_adaptive(const GroupNormSiluInput& in, const Affine& table, cons
         const vf d = get<kWhole>(slab.x + at, n) - load(table.center + c);
         const vf gain = load(table.gain + c), slope = 1.0f + get<kWhole>(scale + c, n);
         const vf u = (d * gain + load(table.offset + c)) * slope + get<kWhole>(shift + c, n);
-        const vf dn = through_activation<kSilu>(get<kWhole>(slab.dy + at, n), u) * slope;
+        const vf dn = through_activation<kSilu, T>(get<kWhole>(slab.dy + at, n), u) * slope;
         put<kWhole>(slab.dx + at, dn * gain - d * load(terms.slant + c) - load(terms.level + c), n);
       });
     }

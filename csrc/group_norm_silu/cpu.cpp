@@ -46,28 +46,34 @@ struct Workspace {
   }
 };
 
-// pass(item, thread) of each pass over the slabs of every span, `between` once a span after the
-// first pass.
+// pass(slab, thread) of each pass over the slabs of every span, `between` once a span after the
+// first pass. The second pass goes backwards: what the first one read last is still in cache.
 template <class First, class Between, class Second>
 void in_two_passes(index_t spans, index_t slabs_per_span, int threads, const First& first,
                    const Between& between, const Second& second) {
+  const auto forwards = [&](index_t begin, index_t end, int thread) {
+    for (index_t s = begin; s < end; ++s) first(s, thread);
+  };
+  const auto backwards = [&](index_t begin, index_t end, int thread) {
+    for (index_t s = end - 1; s >= begin; --s) second(s, thread);
+  };
   const index_t whole = spans - spans % threads;
   parallel_ranges(whole, threads, [&](index_t begin, index_t end, int thread) {
     for (index_t span = begin; span < end; ++span) {
-      for (index_t s = 0; s < slabs_per_span; ++s) first(span * slabs_per_span + s, thread);
+      forwards(span * slabs_per_span, (span + 1) * slabs_per_span, thread);
       between(span);
-      for (index_t s = 0; s < slabs_per_span; ++s) second(span * slabs_per_span + s, thread);
+      backwards(span * slabs_per_span, (span + 1) * slabs_per_span, thread);
     }
   });
   const index_t start = whole * slabs_per_span, rest = (spans - whole) * slabs_per_span;
   const auto over_rest = [&](const auto& pass) {
     parallel_ranges(rest, threads, [&](index_t begin, index_t end, int thread) {
-      for (index_t s = begin; s < end; ++s) pass(start + s, thread);
+      pass(start + begin, start + end, thread);
     });
   };
-  over_rest(first);
+  over_rest(forwards);
   for (index_t span = whole; span < spans; ++span) between(span);
-  over_rest(second);
+  over_rest(backwards);
 }
 
 index_t slab_positions(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_t slab) {
@@ -127,13 +133,18 @@ void span_terms(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, ind
   }
 }
 
-GroupNormSiluPlan plan_of(const GroupNormSiluInput& in) {
-  return {in, in.planes ? kPlaneBytes * in.channels : kSlabBytes};
+void check_input(const GroupNormSiluInput& in) {
+  check(in.groups >= 1 && in.channels % in.groups == 0,
+        "group_norm_silu: groups must divide the channels");
+  check(in.cell[0] >= 1 && in.cell[1] >= 1 && in.cell[2] >= 1,
+        "group_norm_silu: cells must have a size");
+  check(!in.planes || group_norm_silu_takes_planes(in.adaptive()),
+        "group_norm_silu: scale and shift need the channels-last layout");
 }
 
-int threads_for(const GroupNormSiluInput& in, const ExecContext& ctx) {
-  const index_t elements = in.batch * in.frames * in.frame_elements();
-  return elements < kSerialElements ? 1 : ctx.num_threads;
+GroupNormSiluPlan plan_of(const GroupNormSiluInput& in) {
+  check_input(in);
+  return {in, in.planes ? kPlaneBytes * in.channels : kSlabBytes};
 }
 
 // Absent maps of an adaptive norm become one zero for every cell.
@@ -148,74 +159,74 @@ void fill_absent(GroupNormSiluInput* in, const GroupNormSiluPlan& plan, const Wo
   if (!in->shift) in->shift = space.zeros;
 }
 
-void check_input(const GroupNormSiluInput& in) {
-  check(in.groups >= 1 && in.channels % in.groups == 0,
-        "group_norm_silu: groups must divide the channels");
-  check(in.cell[0] >= 1 && in.cell[1] >= 1 && in.cell[2] >= 1,
-        "group_norm_silu: cells must have a size");
-  check(!in.planes || group_norm_silu_takes_planes(in.adaptive()),
-        "group_norm_silu: scale and shift need the channels-last layout");
-}
+// What a direction needs before its first pass, and where its passes find their memory.
+struct Run {
+  GroupNormSiluPlan plan;
+  Workspace space;
+  int threads;
+
+  // Completes the maps of `in`.
+  Run(GroupNormSiluInput* in, void* workspace, const ExecContext& ctx)
+      : plan(plan_of(*in)), space(workspace, *in, plan, ctx.num_threads) {
+    fill_absent(in, plan, space);
+    const index_t elements = in->batch * in->frames * in->frame_elements();
+    threads = elements < kSerialElements ? 1 : ctx.num_threads;
+  }
+  float* scratch(int thread) const {
+    return space.scratch + thread * kGroupNormSiluTables * plan.padded_channels;
+  }
+  index_t span_of(index_t slab) const { return slab / plan.slabs_per_span; }
+};
 
 }  // namespace
 
 bool group_norm_silu_takes_planes(bool adaptive) { return !adaptive; }
 
 index_t group_norm_silu_workspace_bytes(const GroupNormSiluInput& in, const ExecContext& ctx) {
-  check_input(in);
   return Workspace(nullptr, in, plan_of(in), ctx.num_threads).bytes;
 }
 
 void group_norm_silu_forward(const GroupNormSiluForward& params, const ExecContext& ctx) {
   GroupNormSiluInput in = params.in;
-  check_input(in);
-  const GroupNormSiluPlan plan = plan_of(in);
-  const Workspace space(params.workspace, in, plan, ctx.num_threads);
-  fill_absent(&in, plan, space);
+  const Run run(&in, params.workspace, ctx);
   const auto moments = in.planes ? MF_PICK_SIMD(group_norm_silu_planes_moments, ctx.isa)
                                  : MF_PICK_SIMD(group_norm_silu_rows_moments, ctx.isa);
   const auto apply = in.planes ? MF_PICK_SIMD(group_norm_silu_planes_apply, ctx.isa)
                                : MF_PICK_SIMD(group_norm_silu_rows_apply, ctx.isa);
-  const auto scratch = [&](int thread) {
-    return space.scratch + thread * kGroupNormSiluTables * plan.padded_channels;
-  };
   in_two_passes(
-      in.spans(), plan.slabs_per_span, threads_for(in, ctx),
+      in.spans(), run.plan.slabs_per_span, run.threads,
       [&](index_t slab, int thread) {
-        moments(in, plan, slab, scratch(thread), space.moments + slab * in.groups * 2);
+        double* to = run.space.moments + slab * in.groups * 2;
+        moments(in, run.plan, slab, run.scratch(thread), to);
       },
-      [&](index_t span) { span_stats(in, plan, span, space.moments, params.stats); },
+      [&](index_t span) { span_stats(in, run.plan, span, run.space.moments, params.stats); },
       [&](index_t slab, int thread) {
-        const GroupStats* stats = params.stats + slab / plan.slabs_per_span * in.groups;
-        apply(in, plan, slab, stats, scratch(thread), params.y);
+        const GroupStats* stats = params.stats + run.span_of(slab) * in.groups;
+        apply(in, run.plan, slab, stats, run.scratch(thread), params.y);
       });
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackward& params, const ExecContext& ctx) {
   GroupNormSiluBackward p = params;
   GroupNormSiluInput& in = p.in;
-  check_input(in);
-  const GroupNormSiluPlan plan = plan_of(in);
-  const Workspace space(p.workspace, in, plan, ctx.num_threads);
-  fill_absent(&in, plan, space);
+  const Run run(&in, p.workspace, ctx);
+  const Workspace& space = run.space;
   const auto sums = in.planes ? MF_PICK_SIMD(group_norm_silu_planes_sums, ctx.isa)
                               : MF_PICK_SIMD(group_norm_silu_rows_sums, ctx.isa);
   const auto input_grad = in.planes ? MF_PICK_SIMD(group_norm_silu_planes_input_grad, ctx.isa)
                                     : MF_PICK_SIMD(group_norm_silu_rows_input_grad, ctx.isa);
-  const auto scratch = [&](int thread) {
-    return space.scratch + thread * kGroupNormSiluTables * plan.padded_channels;
-  };
   in_two_passes(
-      in.spans(), plan.slabs_per_span, threads_for(in, ctx),
+      in.spans(), run.plan.slabs_per_span, run.threads,
       [&](index_t slab, int thread) {
-        const GroupStats* stats = p.stats + slab / plan.slabs_per_span * in.groups;
-        sums(p, plan, slab, stats, scratch(thread), space.sums + slab * 2 * plan.padded_channels);
+        float* to = space.sums + slab * 2 * run.plan.padded_channels;
+        const GroupStats* stats = p.stats + run.span_of(slab) * in.groups;
+        sums(p, run.plan, slab, stats, run.scratch(thread), to);
       },
-      [&](index_t span) { span_terms(in, plan, span, p.stats, space); },
+      [&](index_t span) { span_terms(in, run.plan, span, p.stats, space); },
       [&](index_t slab, int thread) {
-        const index_t span = slab / plan.slabs_per_span;
-        input_grad(p, plan, slab, p.stats + span * in.groups, space.terms + span * in.groups * 2,
-                   scratch(thread));
+        const index_t first = run.span_of(slab) * in.groups;
+        input_grad(p, run.plan, slab, p.stats + first, space.terms + first * 2,
+                   run.scratch(thread));
       });
   for (index_t c = 0; c < in.channels; ++c) {
     double bias = 0.0, weight = 0.0;

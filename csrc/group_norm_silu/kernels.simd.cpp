@@ -102,26 +102,23 @@ void moments(const GroupNormSiluInput& in, const GroupNormSiluPlan& plan, index_
   }
 }
 
-constexpr index_t kRows = 4;  // positions that share one reading of the tables
-
 template <bool kSilu, class T>
 void apply_plain(const GroupNormSiluInput& in, const Affine& table, const T* x, T* y,
                  index_t positions) {
   const index_t channels = in.channels;
-  for (index_t p = 0; p < positions; p += kRows) {
-    const index_t rows = positions - p < kRows ? positions - p : kRows;
-    const T* from = x + p * channels;
-    T* to = y + p * channels;
-    over_channels(channels, [&](index_t c, int n, auto whole) {
-      constexpr bool kWhole = decltype(whole)::value;
-      const vf center = load(table.center + c), gain = load(table.gain + c),
-               offset = load(table.offset + c);
-      for (index_t r = 0; r < rows; ++r) {
-        const vf u = (get<kWhole>(from + r * channels + c, n) - center) * gain + offset;
-        put<kWhole>(to + r * channels + c, activate<kSilu>(u), n);
+  over_tiles(positions, channels, [&](index_t row, index_t rows, index_t c, int n, auto tile) {
+    using Shape = decltype(tile);
+    const TileTable<Shape> center(table.center + c), gain(table.gain + c), offset(table.offset + c);
+    const T* from = x + row * channels + c;
+    T* to = y + row * channels + c;
+    for (index_t r = 0; r < rows; ++r, from += channels, to += channels)
+#pragma GCC unroll 4
+      for (int v = 0; v < Shape::vectors; ++v) {
+        const vf u =
+            (get<Shape::whole>(from + v * kLanes, n) - center.at[v]) * gain.at[v] + offset.at[v];
+        put<Shape::whole>(to + v * kLanes, activate<kSilu, T>(u), n);
       }
-    });
-  }
+  });
 }
 
 template <bool kSilu, class T>
@@ -137,7 +134,7 @@ void apply_adaptive(const GroupNormSiluInput& in, const Affine& table,
         const vf normed = (get<kWhole>(x + c, n) - load(table.center + c)) * load(table.gain + c) +
                           load(table.offset + c);
         const vf u = normed * (1.0f + get<kWhole>(scale + c, n)) + get<kWhole>(shift + c, n);
-        put<kWhole>(y + c, activate<kSilu>(u), n);
+        put<kWhole>(y + c, activate<kSilu, T>(u), n);
       });
     }
 }

@@ -69,7 +69,7 @@ void apply(const GroupNormSiluInput& in, const GroupNormSiluSlab& slab, const Af
     over_channels(positions, [&](index_t i, int n, auto whole) {
       constexpr bool kWhole = decltype(whole)::value;
       const vf u = (get<kWhole>(from + i, n) - center) * gain + offset;
-      put<kWhole>(to + i, activate<kSilu>(u), n);
+      put<kWhole>(to + i, activate<kSilu, T>(u), n);
     });
   }
 }
@@ -91,7 +91,7 @@ void sums_of(const GroupNormSiluBackward& p, const GroupNormSiluSlab& slab, cons
       constexpr bool kWhole = decltype(whole)::value;
       const vf d = get<kWhole>(x + i, n) - center;
       // Lanes beyond the last position have dy = 0 and count nothing.
-      const vf dn = through_activation<kSilu>(get<kWhole>(dy + i, n), d * gain + offset);
+      const vf dn = through_activation<kSilu, T>(get<kWhole>(dy + i, n), d * gain + offset);
       dn_sum[turn] += dn;
       dnx_sum[turn] += dn * d;
       turn ^= 1;
@@ -117,7 +117,7 @@ void input_grad(const GroupNormSiluBackward& p, const GroupNormSiluSlab& slab, c
     over_channels(positions, [&](index_t i, int n, auto whole) {
       constexpr bool kWhole = decltype(whole)::value;
       const vf d = get<kWhole>(x + i, n) - center;
-      const vf dn = through_activation<kSilu>(get<kWhole>(dy + i, n), d * gain + offset);
+      const vf dn = through_activation<kSilu, T>(get<kWhole>(dy + i, n), d * gain + offset);
       put<kWhole>(dx + i, dn * gain - d * slant - level, n);
     });
   }

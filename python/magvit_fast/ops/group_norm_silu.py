@@ -203,6 +203,31 @@ def _in_float32(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.to(torch.float32).contiguous()
 
 
+class _Call(NamedTuple):
+    """What both directions hand to the core, and the tensors behind its addresses."""
+
+    numbers: list[int]
+    cell: list[int]
+    space: Tensor
+    operands: tuple[Tensor | None, ...]
+
+
+def _prepare(
+    source: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, how: Settings, planes: bool,
+) -> _Call:  # fmt: skip
+    cell = _cells(source, scale, shift, how.factor)
+    operands = (
+        source, _in_float32(weight), _in_float32(bias), _dense_map(scale, source),
+        _dense_map(shift, source),
+    )  # fmt: skip
+    numbers = _numbers(*operands, cell, how, planes)
+    core, *where = _native.launcher(source.device)
+    size = core.group_norm_silu_workspace_bytes(numbers, *where)
+    space = torch.empty(size, dtype=torch.uint8, device=source.device)
+    return _Call(numbers, cell, space, operands)
+
+
 def _in_format_of(x: Tensor, result: Tensor, planes: bool) -> Tensor:
     return result if planes or is_channels_last(x) else _like(x).copy_(result)
 
@@ -219,16 +244,9 @@ def _launch(
     y = _native.in_huge_pages(torch.empty_like(source))
     _native.trace("group_norm_silu", x=tuple(x.shape), dtype=x.dtype, device=x.device, settings=how)
     if x.numel():
-        cell = _cells(x, scale, shift, how.factor)
-        operands = (
-            source, _in_float32(weight), _in_float32(bias), _dense_map(scale, x),
-            _dense_map(shift, x),
-        )  # fmt: skip
-        numbers = _numbers(*operands, cell, how, planes)
-        size = core.group_norm_silu_workspace_bytes(numbers, *where)
-        space = torch.empty(size, dtype=torch.uint8, device=x.device)
+        call = _prepare(source, weight, bias, scale, shift, how, planes)
         core.group_norm_silu_forward(
-            numbers, eps, y.data_ptr(), stats.data_ptr(), space.data_ptr(), *where
+            call.numbers, eps, y.data_ptr(), stats.data_ptr(), call.space.data_ptr(), *where
         )
         _native.finish(x.device)
     return _in_format_of(x, y, planes), stats
@@ -248,21 +266,15 @@ def _launch_backward(
     _native.trace("group_norm_silu_backward", x=tuple(x.shape), dtype=x.dtype, device=x.device,
                   settings=how)  # fmt: skip
     if x.numel():
-        cell = _cells(x, scale, shift, how.factor)
-        operands = (
-            source, _in_float32(weight), _in_float32(bias), _dense_map(scale, x),
-            _dense_map(shift, x),
-        )  # fmt: skip
-        numbers = _numbers(*operands, cell, how, planes)
+        call = _prepare(source, weight, bias, scale, shift, how, planes)
         b, c, t, h, w = x.shape
+        cell = call.cell
         adaptive = scale is not None or shift is not None
         size = (2, b, t, -(-h // cell[1]), -(-w // cell[2]), c) if adaptive else (2, 0)
         by_cell = x.new_empty(size, dtype=torch.float32)
-        size_bytes = core.group_norm_silu_workspace_bytes(numbers, *where)
-        space = torch.empty(size_bytes, dtype=torch.uint8, device=x.device)
         core.group_norm_silu_backward(
-            numbers, upstream.data_ptr(), stats.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
-            dbias.data_ptr(), by_cell[0].data_ptr(), by_cell[1].data_ptr(), space.data_ptr(),
+            call.numbers, upstream.data_ptr(), stats.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
+            dbias.data_ptr(), by_cell[0].data_ptr(), by_cell[1].data_ptr(), call.space.data_ptr(),
             *where,
         )  # fmt: skip
         _native.finish(x.device)
