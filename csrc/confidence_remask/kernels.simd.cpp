@@ -8,6 +8,8 @@
 // only a value with 1 - u < w * limit can win where the best ratio is known to be below `limit`;
 // and the best ratio is exponentially distributed with rate sum(w), so that limit = kLikely /
 // sum(w) holds for 19 rows of 20. The others are looked through again with a larger one.
+// Ladder, cycles for 16 values of 2 x 512 (Zen 4): logarithm wherever 1 - u < w * best 81; limit
+// from the sum 61; two Philox streams 50; exp without guards, the next row fetched ahead 45.
 #include "common/simd_math.h"
 #include "common/simd_philox.h"
 #include "confidence_remask/confidence_remask.h"
@@ -108,7 +110,7 @@ struct Field {
 template <class T>
 inline void draw(const ConfidenceRemaskParams& p, const PhiloxKeys& keys, std::uint64_t first,
                  index_t count, float limit, const T* next, Field* field) {
-  if (count < kPhiloxDraws) {  // may begin inside a counter
+  if (count < kPhiloxDraws) {     // may begin inside a counter
     store_as(field->bits, vi{});  // also of the lanes beyond a row shorter than a vector
     for (index_t i = 0; i < count; ++i) {
       const std::uint64_t index = first + static_cast<std::uint64_t>(i);

@@ -4,7 +4,7 @@
 //
 // Moments: blocks of rows that fit in L1, two passes each (mean, then squared deviations from it),
 // merged by Chan's formula; all of it relative to the first block's mean, so that a large mean
-// costs no digits. The result: one pass, one exp and one division a value.
+// costs no digits. The result: one pass, one exp and one reciprocal a value, as exact as its type.
 #include "group_norm_silu/row_math.h"
 
 namespace magvit_fast {
