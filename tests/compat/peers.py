@@ -125,17 +125,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int, int, int]]] = {
         },
         (3, 9, 16, 16),
     ),
-    "AutoencoderVidTok": (
+    "AutoencoderVidTok": (  # its tiled decode takes the published number of levels for granted
         {
             "ch": 32,
-            "ch_mult": [1, 1],
+            "ch_mult": [1, 1, 1, 1],
             "z_channels": 4,
             "num_res_blocks": 1,
             "regularizer": "kl",
-            "spatial_ds": [0],
-            "spatial_us": [1],
-            "tempo_ds": [0],
-            "tempo_us": [1],
         },
         (3, 5, 16, 16),
     ),

@@ -113,6 +113,33 @@ def test_video_tokenizer_trains_like_theirs() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
+def test_their_adversarial_training_step() -> None:
+    """Both losses of a step as their trainer takes them, the discriminator's with its gradient penalty."""
+    theirs = magvit2()
+    found = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        model = theirs.VideoTokenizer(**{**tokenizer(), "use_gan": True})
+        if patched:
+            assert not mf.patch(model).left
+        generator = torch.optim.Adam(list(model.parameters()), 1e-3)
+        discriminator = torch.optim.Adam(list(model.discr_parameters()), 1e-3)
+        video = torch.rand(2, 3, 5, 16, 16)
+        found.append([])
+        for step in range(3):
+            torch.manual_seed(step)  # they pick the frame that the discriminator sees
+            generator.zero_grad()
+            loss, _ = model(video, return_loss=True)
+            loss.backward()
+            generator.step()
+            discriminator.zero_grad()
+            against, parts = model(video, return_discr_loss=True, apply_gradient_penalty=True)
+            against.backward()
+            discriminator.step()
+            found[-1] += [float(v.detach()) for v in (loss, against, parts.gradient_penalty)]
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
 def test_the_whole_tokenizer_is_patched() -> None:
     theirs = magvit2()
     model = theirs.VideoTokenizer(**tokenizer())

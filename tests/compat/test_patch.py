@@ -121,6 +121,20 @@ def _tiled(model: nn.Module) -> None:
     )
 
 
+def _magvit_tiled(model: nn.Module) -> None:
+    model.enable_tiling(
+        tile_sample_min_height=16,
+        tile_sample_min_width=16,
+        tile_sample_min_num_frames=5,
+        tile_sample_stride_height=8,
+        tile_sample_stride_width=8,
+    )
+
+
+def _overlapping(model: nn.Module) -> None:
+    model.enable_tiling(16, 16, 0.5, 0.5)
+
+
 def _nothing(model: nn.Module) -> None:
     del model
 
@@ -133,6 +147,9 @@ def _nothing(model: nn.Module) -> None:
         ("AutoencoderKLHunyuanVideo", 17, 24, _tiled),
         ("AutoencoderKLCosmos", 17, 32, _nothing),
         ("AutoencoderKLMagvit", 17, 16, _nothing),  # prev_features kept on the modules
+        ("AutoencoderKLMagvit", 9, 24, _magvit_tiled),  # the same, cleared for each tile
+        ("AutoencoderKLCogVideoX", 17, 24, _overlapping),
+        ("AutoencoderVidTok", 33, 16, _overlapping),  # causal_cache kept on the modules
     ],
 )
 def test_chunked_decode(name: str, frames: int, size: int, prepare) -> None:

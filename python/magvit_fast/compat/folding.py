@@ -120,8 +120,7 @@ class Folded:
                 plan, sources = _plan(module, owners, args, kwargs)
             except Unknown:
                 plan = None
-        # The input gradient of mirrored planes is the slower one; the models' own copies avoid it.
-        if plan is None or (plan.space_mode != "zeros" and torch.is_grad_enabled()):
+        if plan is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return _run(plan, owners, sources)
 
