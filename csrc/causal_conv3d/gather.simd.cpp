@@ -354,7 +354,8 @@ class Block {
     const index_t step_h = fits < p_.kernel_h ? fits : p_.kernel_h;
     const index_t step_t = fits < p_.kernel_h ? 1 : fits / p_.kernel_h;
     // In one piece: a tile's sums are written while they are in the L1 cache.
-    at_once_ = step_t >= p_.kernel_t && p_.t.begin[item_.t + 1] > p_.t.begin[item_.t];
+    const bool one_piece = step_t >= p_.kernel_t && step_h >= p_.kernel_h;
+    at_once_ = one_piece && p_.t.begin[item_.t + 1] > p_.t.begin[item_.t];
     for (index_t kt = 0; kt < p_.kernel_t; kt += step_t)
       for (index_t kh = 0; kh < p_.kernel_h; kh += step_h)
         for (index_t h = item_.row_begin; h < item_.row_end; ++h)

@@ -118,6 +118,18 @@ def test_any_geometry(problem, dtype) -> None:
             made.run("native")
 
 
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 1, 3), (3, 3, 3)])
+def test_weights_in_several_pieces(kernel, isa_level) -> None:
+    """Taps of more weights than fit the L2 cache at once, over rows of several tiles."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 128, 3, 5, 33, generator=generator)
+    weight = torch.randn(128, 128, *kernel, generator=generator) * 0.03
+    how = {"stride": (1, 2, 2), "padding": [0] * 6}
+    actual = ops.causal_conv3d(x, weight, impl="native", **how)
+    expected = ops.causal_conv3d(x.double(), weight.double(), impl="reference", **how)
+    assert float((actual - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("mode", ["zeros", "replicate"])
 def test_no_output_sees_a_later_frame(mode) -> None:
     x, weight = torch.randn(1, 8, 6, 5, 5), torch.randn(12, 8, 3, 3, 3)
