@@ -6,15 +6,17 @@ the row's work (a convolution that is handed an already padded tensor, say) and 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks.gpu_models import generation_row, tokenizer_rows
+from benchmarks.gpu_row import CHANNELS_LAST, Row
 
 try:
     import tomllib
@@ -23,20 +25,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 PROBLEMS = Path(__file__).parent / "problems"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CHANNELS_LAST = torch.channels_last_3d
 DEVICE = "cuda"
-
-
-@dataclasses.dataclass
-class Row:
-    name: str
-    make: Callable[[], tuple[Any, ...]]  # inputs on the device
-    ways: dict[str, Callable[..., Any]]  # PyTorch's ways
-    ours: Callable[..., Any] | None = None
-    informative: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
-    flops: float = 0.0
-    bytes: float = 0.0
-    compare: bool = True  # the first result of ours against that of the first way
 
 
 def _randn(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -44,7 +33,7 @@ def _randn(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 # --- causal_conv3d ----------------------------------------------------------------------------
-def _problems() -> Iterator[dict[str, Any]]:
+def conv_problems() -> Iterator[dict[str, Any]]:
     for path in (PROBLEMS / "gpu" / "causal_conv3d.toml", PROBLEMS / "causal_conv3d.toml"):
         on_gpu = path.parent.name == "gpu"
         for problem in tomllib.loads(path.read_text())["problem"]:
@@ -101,6 +90,7 @@ def _conv_row(p: dict[str, Any], dtype_name: str, work: str) -> Row:
     pads, inner = _pads(p)
     flops, moved = _conv_work(p, y_size, 2 if dtype != torch.float32 else 4)
     scale = (c_in * _prod(kernel)) ** -0.5
+    for_sm90a = dtype == torch.bfloat16 and min(c_in, c_out) >= 64
     row = Row(
         f"causal_conv3d {p['name']} {dtype_name} {work}", lambda: (), {}, None, {}, flops, moved
     )
@@ -118,7 +108,7 @@ def _conv_row(p: dict[str, Any], dtype_name: str, work: str) -> Row:
             bias = torch.randn(c_out, device=DEVICE, dtype=dtype) if p["with_bias"] else None
             return x, w, w.contiguous(memory_format=CHANNELS_LAST), bias
 
-        row.make = make
+        row.make, row.has_sm90a = make, for_sm90a
         row.ours = lambda x, w, wl, b: mf.causal_conv3d(x, w, b, stride=stride, impl="native")
         row.ways["pad, then conv (channels last)"] = lambda x, w, wl, b: F.conv3d(
             _padded(x, pads), wl, b, stride, inner
@@ -162,7 +152,7 @@ def _conv_row(p: dict[str, Any], dtype_name: str, work: str) -> Row:
             dy, w, list(x.shape), 0, True, *geometry
         )[0]
 
-    row.make, row.ours = make_gradient, ours
+    row.make, row.ours, row.has_sm90a = make_gradient, ours, for_sm90a and work == "input_grad"
     row.ways["convolution_backward (channels last)"] = theirs
     return row
 
@@ -297,11 +287,12 @@ def all_rows() -> list[Row]:
     """Most important first; a session that runs out of time leaves out the last ones."""
     conv = [
         _conv_row(p, dtype, work)
-        for p in _problems()
+        for p in conv_problems()
         for dtype in p["dtypes"]
         for work in p["work"]
     ]
     layers = [r for r in conv if "_b8 " in r.name or "_b1 " in r.name]
     rest = [r for r in conv if r not in layers]
     small = [*_remask_rows(), *_lfq_rows(), *_embedding_rows()]
-    return [*_machine_rows(), *layers[:6], *small, *layers[6:], *_norm_rows(), *rest]
+    models = [*tokenizer_rows(), generation_row()]
+    return [*_machine_rows(), *layers[:6], *small, *models, *_norm_rows(), *layers[6:], *rest]

@@ -26,10 +26,13 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_rows, gpu_timing
+from benchmarks.gpu_row import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "tests", "bench")
-BUILD_SECONDS, TEST_SECONDS = 240, 150
+STAGES = ("build", "tests", "sm90a", "bench")
+BUILD_SECONDS, TEST_SECONDS, SM90A_SECONDS = 240, 120, 60
+SM90A_TESTS = "tests/cuda/test_causal_conv3d_sm90.py"
+SM90A = "ours, sm90a kernels"  # the way's name
 KEPT_LOG = 6000  # characters of a stage's output that go into the JSON
 
 
@@ -120,7 +123,7 @@ def build(deadline: float) -> dict[str, Any]:
     return result
 
 
-def tests(deadline: float) -> dict[str, Any]:
+def _pytest(seconds: float, *arguments: str) -> dict[str, Any]:
     """pytest -m cuda, in a process of its own: a crash there ends nothing here."""
     missing = [
         m for m in ("pytest", "pytest_benchmark", "hypothesis") if not importlib.util.find_spec(m)
@@ -129,49 +132,86 @@ def tests(deadline: float) -> dict[str, Any]:
         return {"status": 127, "log": f"not installed here: {', '.join(missing)}"}
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--maxfail=40", "--tb=short",
-               "--continue-on-collection-errors", "-p", "no:cacheprovider"]  # fmt: skip
-    return run_logged(command, min(TEST_SECONDS, deadline - time.perf_counter()), env)
+               "--continue-on-collection-errors", "-p", "no:cacheprovider", *arguments]  # fmt: skip
+    return run_logged(command, seconds, env)
 
 
-def _difference(row: gpu_rows.Row, inputs: tuple[Any, ...]) -> float | None:
+def tests(deadline: float) -> dict[str, Any]:
+    """Every test that needs a device, but those of kernels that are off by default."""
+    left = min(TEST_SECONDS, deadline - time.perf_counter())
+    return _pytest(left, f"--ignore={SM90A_TESTS}")
+
+
+def sm90a(deadline: float) -> dict[str, Any]:
+    """The kernels for compute capability 9.0 alone: a process of their own, as one that never ran may hang.
+
+    They are measured only if this passes.
+    """
+    if torch.cuda.get_device_capability() != (9, 0):
+        return {"status": 0, "served": False, "log": "not a device of compute capability 9.0"}
+    result = _pytest(min(SM90A_SECONDS, deadline - time.perf_counter()), SM90A_TESTS)
+    return {**result, "served": result["status"] == 0}
+
+
+def _first(result: Any) -> torch.Tensor:
+    value: torch.Tensor = result[0] if isinstance(result, (tuple, list)) else result
+    return value.detach().double()
+
+
+def _difference(row: Row, ours: Any, inputs: tuple[Any, ...]) -> float | None:
     """The largest difference between our result and that of the row's first way, relative to its largest value."""
-    if row.ours is None or not row.compare or not row.ways:
+    if ours is None or not row.compare or not row.ways:
         return None
-    first = lambda out: out[0] if isinstance(out, (tuple, list)) else out  # noqa: E731
-    actual = first(row.ours(*inputs)).detach().double()
-    expected = first(next(iter(row.ways.values()))(*inputs)).detach().double()
+    actual = _first(ours(*inputs))
+    expected = _first(next(iter(row.ways.values()))(*inputs))
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
+def _with_sm90a(call: Any) -> Any:
+    from magvit_fast import _native
+
+    def run(*inputs: Any) -> Any:
+        with _native.sm90a_kernels():
+            return call(*inputs)
+
+    return run
+
+
 def _measure_way(
-    call: Any, sets: list[tuple[Any, ...]], seconds: float, informative: bool
+    row: Row, call: Any, sets: list[tuple[Any, ...]], seconds: float, informative: bool
 ) -> dict[str, Any]:
     try:
-        timing = gpu_timing.measure(call, sets, seconds=seconds)
+        timing = gpu_timing.measure(call, sets, seconds=seconds, graph=row.graph)
     except Exception as error:  # recorded, not fatal: the measurement goes on with the next way
         torch.cuda.synchronize()
         return {"error": f"{type(error).__name__}: {error}"[:500], "informative": informative}
     return {**vars(timing), "informative": informative}
 
 
-def measure_row(row: gpu_rows.Row, seconds: float) -> dict[str, Any]:
+def measure_row(row: Row, seconds: float, with_sm90a: bool = False) -> dict[str, Any]:
     """Every way of a row; a way that fails is recorded and the others are measured."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    result: dict[str, Any] = {"row": row.name, "flops": row.flops, "bytes": row.bytes, "ways": {}}
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size if row.rotate else 0
+    result: dict[str, Any] = {"row": row.name, "flops": row.flops, "bytes": row.bytes,
+                              "items": row.items, "item": row.item, "ways": {}}  # fmt: skip
     sets = gpu_timing.rotation(row.make, l2)
-    ways = {**({"ours": row.ours} if row.ours else {}), **row.ways, **row.informative}
-    for name, call in ways.items():
-        result["ways"][name] = _measure_way(call, sets, seconds, name in row.informative)
-    try:
-        result["difference"] = _difference(row, sets[0])
-    except Exception as error:
-        result["difference_error"] = f"{type(error).__name__}: {error}"[:500]
+    own = {"ours": row.ours} if row.ours else {}
+    if with_sm90a and row.has_sm90a:
+        own[SM90A] = _with_sm90a(row.ours)
+    for name, call in {**own, **row.ways, **row.informative}.items():
+        result["ways"][name] = _measure_way(row, call, sets, seconds, name in row.informative)
+    for name, call in own.items():
+        way = result["ways"][name]
+        try:
+            way["difference"] = _difference(row, call, sets[0])
+        except Exception as error:
+            way["difference_error"] = f"{type(error).__name__}: {error}"[:500]
     return result
 
 
 def bench(
-    deadline: float, only: str | None, seconds: float, rows_out: list[dict[str, Any]]
-) -> dict[str, Any]:
+    deadline: float, only: str | None, seconds: float, with_sm90a: bool,
+    rows_out: list[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
     """All rows until the deadline. Results go to rows_out as they come, so that none is lost."""
     sys.path.insert(0, str(ROOT / "python"))
     torch.backends.cudnn.benchmark = True
@@ -185,7 +225,7 @@ def bench(
             left_out.append(row.name)
             continue
         try:
-            result = measure_row(row, seconds)
+            result = measure_row(row, seconds, with_sm90a)
         except Exception as error:
             result = {
                 "row": row.name,
@@ -202,29 +242,46 @@ def _best(result: dict[str, Any]) -> tuple[str, float] | None:
     times = {
         name: way["ms"]
         for name, way in result["ways"].items()
-        if name != "ours" and "ms" in way and not way["informative"]
+        if name not in ("ours", SM90A) and "ms" in way and not way["informative"]
     }
     return min(times.items(), key=lambda item: item[1]) if times else None
 
 
+def _rate(result: dict[str, Any], ms: float | None) -> str:
+    if not ms:
+        return ""
+    rates = []
+    if result.get("items"):
+        rates.append(f"{result['items'] / ms * 1e3:.1f} {result['item']}/s")
+    if result.get("flops"):
+        rates.append(f"{result['flops'] / ms / 1e9:.0f} TFLOP/s")
+    elif result.get("bytes"):
+        rates.append(f"{result['bytes'] / ms / 1e9:.2f} TB/s")
+    return ", ".join(rates)
+
+
+def _own_cells(way: dict[str, Any], best: float | None) -> list[str]:
+    """Time, ratio to the best of PyTorch and difference of one of our ways."""
+    ms, difference = way.get("ms"), way.get("difference")
+    time_cell = f"{ms:.4f}" if ms is not None else ("error" if "error" in way else "-")
+    return [
+        time_cell,
+        f"{best / ms:.2f}x" if ms and best else "",
+        f"{difference:.1e}" if difference is not None else "",
+    ]
+
+
 def _table_line(result: dict[str, Any]) -> str:
-    ours, best = result["ways"].get("ours", {}), _best(result)
-    own = ours.get("ms")
-    shown = own if own is not None else best[1] if best else None
-    rate = ""
-    if shown and result.get("flops"):
-        rate = f"{result['flops'] / shown / 1e9:.0f} TFLOP/s"
-    elif shown and result.get("bytes"):
-        rate = f"{result['bytes'] / shown / 1e9:.2f} TB/s"
-    difference = result.get("difference")
+    ours, newer, best = result["ways"].get("ours", {}), result["ways"].get(SM90A, {}), _best(result)
+    theirs = best[1] if best else None
+    fastest = [way["ms"] for way in (ours, newer) if "ms" in way]
     cells = [
         result["row"],
-        f"{own:.4f}" if own is not None else ("error" if "error" in ours else "-"),
-        f"{best[1]:.4f}" if best else "-",
+        f"{theirs:.4f}" if theirs is not None else "-",
         best[0] if best else result.get("error", "-"),
-        f"{best[1] / own:.2f}x" if own and best else "",
-        rate,
-        f"{difference:.1e}" if difference is not None else "",
+        *_own_cells(ours, theirs),
+        *_own_cells(newer, theirs),
+        _rate(result, min(fastest) if fastest else theirs),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -237,8 +294,9 @@ def table(report: dict[str, Any]) -> str:
     )
     lines = [
         facts, stages, "",
-        "| work | ours ms | PyTorch ms | PyTorch's best way | ratio | rate | difference |",
-        "|---|---:|---:|---|---:|---:|---:|",
+        "| work | PyTorch ms | PyTorch's best way | ours ms | ratio | difference "
+        "| sm90a kernels ms | ratio | difference | best rate of ours |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---|",
         *(_table_line(result) for result in report["rows"]),
     ]  # fmt: skip
     left = report["stages"].get("bench", {}).get("left_out")
@@ -268,9 +326,8 @@ def main() -> int:
         sys.path.insert(0, str(ROOT / "python"))
         rows = [r for r in gpu_rows.all_rows() if not args.only or re.search(args.only, r.name)]
         for row in rows:
-            print(
-                f"{row.name}: {', '.join([*(['ours'] if row.ours else []), *row.ways, *row.informative])}"
-            )
+            own = [*(["ours"] if row.ours else []), *([SM90A] if row.has_sm90a else [])]
+            print(f"{row.name}: {', '.join([*own, *row.ways, *row.informative])}")
         print(f"{len(rows)} rows")
         return 0
     if not torch.cuda.is_available():
@@ -285,7 +342,14 @@ def main() -> int:
     work = {
         "build": lambda: build(deadline),
         "tests": lambda: tests(deadline),
-        "bench": lambda: bench(deadline, args.only, args.seconds, report["rows"]),
+        "sm90a": lambda: sm90a(deadline),
+        "bench": lambda: bench(
+            deadline,
+            args.only,
+            args.seconds,
+            report["stages"].get("sm90a", {}).get("served", False),
+            report["rows"],
+        ),
     }
     for name in STAGES:
         if name in args.skip:

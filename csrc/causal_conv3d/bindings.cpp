@@ -1,21 +1,25 @@
 // causal_conv3d: the Python door, addresses and numbers to the params structs.
 // Previous hop: magvit_fast/ops/causal_conv3d.py, which lists the numbers in _shape_numbers.
-// Next hop: causal_conv3d.h (cpu*.cpp or cuda*.cu).
+// Next hop: causal_conv3d.h (cpu*.cpp or *.cu).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "causal_conv3d/causal_conv3d.h"
+#include "causal_conv3d/sm90_schedule.h"
+#include "common/cuda/swizzle.h"
 
 namespace magvit_fast {
 namespace {
 
 using Address = std::uintptr_t;
 // batch, in_channels, out_channels, groups, history_frames, frames, dtype, then for each of time,
-// height and width: source, out, kernel, stride, dilation, front, mode; last: strict, packed.
-using Numbers = std::array<index_t, 30>;
+// height and width: source, out, kernel, stride, dilation, front, mode; last: strict, sm90a,
+// packed.
+using Numbers = std::array<index_t, 31>;
 
 AxisMap make_axis(const index_t* n) {
   return {n[0], n[1], n[2], n[3], n[4], n[5], static_cast<PadMode>(n[6])};
@@ -33,7 +37,8 @@ Conv3dShape make_shape(const Numbers& n) {
           make_axis(&n[21]),
           static_cast<DType>(n[6]),
           n[28] != 0,
-          n[29] != 0};
+          n[29] != 0,
+          n[30] != 0};
 }
 
 const void* in(Address a) { return reinterpret_cast<const void*>(a); }
@@ -93,7 +98,14 @@ void bind_causal_conv3d(pybind11::module_& m) {
             make_context(where, how));
       },
       no_gil);
-#ifndef MAGVIT_FAST_CUDA_MODULE
+#ifdef MAGVIT_FAST_CUDA_MODULE
+  m.def(
+      "causal_conv3d_engine",
+      [](const Numbers& shape, bool forward, Where where, How how) {
+        return cuda::causal_conv3d_engine(make_shape(shape), forward, make_context(where, how));
+      },
+      no_gil);
+#else
   m.def(
       "causal_conv3d_packing",
       [](const Numbers& shape, bool forward, Where where, How how) {
@@ -129,6 +141,30 @@ void bind_causal_conv3d(pybind11::module_& m) {
     }
     return outputs;
   });
+  // What the sm_90a kernel would do, for the tests of sm90_plan.h: tile by tile in the order of the
+  // blocks, (block, class, c, w, h, t, n, steps) and for each step (view, c, w, h, t, n, tap);
+  // before them the box (w, h, n) and the number of views. Empty where that kernel does not serve.
+  m.def("causal_conv3d_sm90_walk", [](const Numbers& numbers, bool forward, int multiprocessors) {
+    std::vector<int> out;
+    const GemmShape shape = gemm_shape(make_shape(numbers));
+    if (!can_run_sm90(shape)) return out;
+    const Sm90Plan plan = sm90_plan(shape, forward, multiprocessors);
+    out = {plan.box_w, plan.box_h, plan.box_n, plan.views};
+    for (int wave = 0; wave * multiprocessors < plan.tiles; ++wave)
+      for (int block = 0; block < multiprocessors; ++block) {
+        const int index = sm90_tile_of_block(wave, block, multiprocessors);
+        if (index >= plan.tiles) continue;
+        const Sm90Tile t = sm90_tile(plan, index);
+        out.insert(out.end(), {block, t.cls, t.c, t.w, t.h, t.t, t.n, sm90_steps(plan, t)});
+        sm90_walk(plan, t, [&](const Sm90Step& s) {
+          out.insert(out.end(), {s.view, s.c, s.w, s.h, s.t, s.n, s.tap});
+        });
+      }
+    return out;
+  });
+  m.def("causal_conv3d_wgmma_descriptor",
+        [](std::uint32_t address) { return cuda::wgmma_descriptor(address); });
+  m.def("causal_conv3d_swizzle", [](std::uint32_t offset) { return cuda::swizzle_128(offset); });
 #endif
 }
 

@@ -30,6 +30,7 @@ struct Conv3dShape {
   AxisMap t, h, w;         // t.front is what the history leaves to be padded
   DType dtype;
   bool strict;  // float32: errors no larger than those of the direct sum
+  bool sm90a;   // CUDA: the kernels for sm_90a may serve, where they can
   bool packed;  // CPU: `weight` has been packed by cpu::causal_conv3d_pack for this very work
 };
 
@@ -95,7 +96,11 @@ std::uint64_t causal_conv3d_weight_mark(const void* weight, std::size_t bytes,
 }  // namespace cpu
 namespace cuda {
 MF_DECLARE_CAUSAL_CONV3D
-}
+
+// Which kernel serves the forward pass (else: the input gradient) if addresses are multiples of 16:
+// "sm90a", "mma" or "fma".
+const char* causal_conv3d_engine(const Conv3dShape& shape, bool forward, const ExecContext& ctx);
+}  // namespace cuda
 #undef MF_DECLARE_CAUSAL_CONV3D
 
 }  // namespace magvit_fast

@@ -1,28 +1,51 @@
 // causal_conv3d on CUDA: packs the weights, chooses the kernel, adds up the parts of the weight
-// gradient. Previous hop: bindings.cpp. Next hop: cuda_gather_mma.cu (16-bit, tensor cores),
-// cuda_gather_fma.cu (float32, any channel count), cuda_weight_mma.cu, cuda_weight_fma.cu;
-// gemm_rows.h is the geometry.
-//
-// A kernel for one architecture alone (Hopper's bulk copies) would be one more can_run_... here,
-// before mma.
+// gradient. Previous hop: bindings.cpp. Next hop: sm90_gather.cu (Hopper, where it is asked for),
+// cuda_gather_mma.cu (16-bit, tensor cores), cuda_gather_fma.cu (float32, any channel count),
+// cuda_weight_mma.cu, cuda_weight_fma.cu; gemm_rows.h is the geometry.
 #include "causal_conv3d/cuda_kernels.h"
+#include "causal_conv3d/sm90_schedule.h"
 #include "common/cuda/convert.cuh"
+#include "common/cuda/hopper.cuh"
 
 namespace magvit_fast::cuda {
 namespace {
 
 constexpr unsigned kThreads = 256;
 
-// [Cout, channels, taps] to [Cout, taps, channels]; one thread an element of the result.
+// Where packed weights stand: element (cout, channel, tap) at cout * out + channel * in + tap *
+// tap.
+struct PackedOrder {
+  index_t out, in, tap;
+};
+
+constexpr int kPackOuts = 32, kPackBytes = 32 * 1024;
+
+// [Cout, channels, taps] to another order. A block moves kPackOuts x `wide` x all taps through
+// shared memory, so that it reads whole rows and writes runs along whichever index is innermost.
 template <class T>
-__global__ void pack_weight_kernel(const T* weight, T* packed, index_t outs, index_t channels,
-                                   index_t taps) {
-  const index_t total = outs * channels * taps;
-  const index_t step = static_cast<index_t>(gridDim.x) * blockDim.x;
-  for (index_t i = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < total;
-       i += step) {
-    const index_t channel = i % channels, tap = i / channels % taps, cout = i / channels / taps;
-    packed[i] = weight[(cout * channels + channel) * taps + tap];
+__global__ void pack_weight_kernel(const T* weight, T* packed, PackedOrder order, int outs,
+                                   int channels, int taps, int wide) {
+  T* tile = reinterpret_cast<T*>(dynamic_shared());  // [kPackOuts][wide][taps]
+  const int column_tiles = ceil_div(channels, wide);
+  const int first_out = static_cast<int>(blockIdx.x) / column_tiles * kPackOuts;
+  const int first_in = static_cast<int>(blockIdx.x) % column_tiles * wide;
+  const int row = wide * taps, all = kPackOuts * row;
+  for (int i = static_cast<int>(threadIdx.x); i < all; i += static_cast<int>(blockDim.x)) {
+    const int out = first_out + i / row, rest = i % row;
+    if (out < outs && first_in + rest / taps < channels)
+      tile[i] = weight[(static_cast<index_t>(out) * channels + first_in) * taps + rest];
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < all; i += static_cast<int>(blockDim.x)) {
+    int out, in, tap;
+    if (order.in == 1) {
+      in = i % wide, tap = i / wide % taps, out = i / wide / taps;
+    } else {
+      out = i % kPackOuts, in = i / kPackOuts % wide, tap = i / kPackOuts / wide;
+    }
+    if (first_out + out < outs && first_in + in < channels)
+      packed[(first_out + out) * order.out + (first_in + in) * order.in + tap * order.tap] =
+          tile[(out * wide + in) * taps + tap];
   }
 }
 
@@ -45,15 +68,48 @@ std::size_t packed_bytes(const GemmShape& s) {
   return static_cast<std::size_t>(s.weights() * dtype_bytes(s.dtype));
 }
 
-void pack_weight(const GemmShape& s, const void* weight, void* packed, const DeviceGuard& guard,
-                 const ExecContext& ctx) {
-  const index_t total = s.weights();
+void pack_weight(const GemmShape& s, const PackedOrder& order, const void* weight, void* packed,
+                 const DeviceGuard& guard, const ExecContext& ctx) {
+  const int outs = s.out_channels, channels = s.group_in(), taps = s.taps();
   with_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(guard, ctx, pack_weight_kernel<T>, dim3(blocks_for(total, kThreads)), kThreads, 0,
-           static_cast<const T*>(weight), static_cast<T*>(packed), index_t{s.out_channels},
-           index_t{s.group_in()}, index_t{s.taps()});
+    const int column = kPackOuts * taps * static_cast<int>(sizeof(T));  // bytes of one channel
+    check(column <= 192 * 1024, "causal_conv3d: more taps than the packing of weights holds");
+    const int fit = kPackBytes / column, wide = fit < 1 ? 1 : fit < 16 ? fit : 16;
+    const index_t blocks = index_t{ceil_div(outs, kPackOuts)} * ceil_div(channels, wide);
+    launch(guard, ctx, pack_weight_kernel<T>,
+           dim3(grid_blocks(blocks, "causal_conv3d: more than 2^31 - 1 blocks of weights")),
+           kThreads, static_cast<std::size_t>(column) * wide, static_cast<const T*>(weight),
+           static_cast<T*>(packed), order, outs, channels, taps, wide);
   });
+}
+
+// [Cout, taps, Cin], which the portable kernels read in both directions; and [taps, produced,
+// summed] for the kernel of sm_90a.
+PackedOrder by_output(const GemmShape& s) {
+  return {index_t{s.taps()} * s.group_in(), 1, s.group_in()};
+}
+PackedOrder by_tap(const GemmShape& s, bool forward) {
+  const index_t all = index_t{s.in_channels} * s.out_channels;
+  if (forward) return {s.in_channels, 1, all};
+  return {1, s.out_channels, all};
+}
+
+enum class Engine { sm90a, mma, fma };
+
+// `aligned`: whether every address is a multiple of 16.
+Engine engine_for(const Conv3dShape& shape, const GemmShape& s, bool forward, bool aligned,
+                  const ExecContext& ctx) {
+  if (!aligned) return Engine::fma;
+  if (shape.sm90a && can_run_sm90(s) && has_sm90a(ctx, "causal_conv3d")) return Engine::sm90a;
+  const bool on_tensor_cores = forward ? can_run_mma_forward(s) : can_run_mma_gradients(s);
+  return on_tensor_cores ? Engine::mma : Engine::fma;
+}
+
+void pack_for(Engine engine, const GemmShape& s, bool forward, const void* weight, void* packed,
+              const DeviceGuard& guard, const ExecContext& ctx) {
+  const PackedOrder order = engine == Engine::sm90a ? by_tap(s, forward) : by_output(s);
+  pack_weight(s, order, weight, packed, guard, ctx);
 }
 
 WeightSplit split_of(const GemmShape& s, bool on_tensor_cores) {
@@ -80,11 +136,26 @@ std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const 
   return static_cast<std::size_t>(parts * s.weights()) * sizeof(float);
 }
 
+const char* causal_conv3d_engine(const Conv3dShape& shape, bool forward, const ExecContext& ctx) {
+  switch (engine_for(shape, gemm_shape(shape), forward, true, ctx)) {
+    case Engine::sm90a:
+      return "sm90a";
+    case Engine::mma:
+      return "mma";
+    case Engine::fma:
+      break;
+  }
+  return "fma";
+}
+
 void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext& ctx) {
   const GemmShape s = gemm_shape(params.shape);
   if (gemm_rows<true>(s) == 0) return;
   const DeviceGuard guard(ctx, "causal_conv3d");
-  pack_weight(s, params.weight, params.workspace, guard, ctx);
+  const bool aligned = aligned_16(params.x) && aligned_16(params.history) &&
+                       aligned_16(params.residual) && aligned_16(params.y);
+  const Engine engine = engine_for(params.shape, s, true, aligned, ctx);
+  pack_for(engine, s, true, params.weight, params.workspace, guard, ctx);
   const GatherProblem problem{s,
                               {entry_axis<true>(s.t), entry_axis<true>(s.h), entry_axis<true>(s.w)},
                               params.x,
@@ -94,8 +165,9 @@ void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext&
                               params.residual,
                               params.y,
                               nullptr};
-  const bool aligned = aligned_16(params.x) && aligned_16(params.history) && aligned_16(params.y);
-  if (can_run_mma_forward(s) && aligned)
+  if (engine == Engine::sm90a)
+    sm90_gather(problem, true, guard, ctx);
+  else if (engine == Engine::mma)
     gather_mma_forward(problem, guard, ctx);
   else
     gather_fma_forward(problem, guard, ctx);
@@ -106,7 +178,10 @@ void causal_conv3d_input_grad(const Conv3dInputGradParams& params, const ExecCon
   const GemmShape s = gemm_shape(params.shape);
   if (gemm_rows<false>(s) == 0) return;
   const DeviceGuard guard(ctx, "causal_conv3d input gradient");
-  pack_weight(s, params.weight, params.workspace, guard, ctx);
+  const bool aligned =
+      aligned_16(params.dy) && aligned_16(params.dx) && aligned_16(params.dhistory);
+  const Engine engine = engine_for(params.shape, s, false, aligned, ctx);
+  pack_for(engine, s, false, params.weight, params.workspace, guard, ctx);
   const GatherProblem problem{
       s,
       {entry_axis<false>(s.t), entry_axis<false>(s.h), entry_axis<false>(s.w)},
@@ -117,9 +192,9 @@ void causal_conv3d_input_grad(const Conv3dInputGradParams& params, const ExecCon
       nullptr,
       params.dx,
       params.dhistory};
-  const bool aligned =
-      aligned_16(params.dy) && aligned_16(params.dx) && aligned_16(params.dhistory);
-  if (can_run_mma_gradients(s) && aligned)
+  if (engine == Engine::sm90a)
+    sm90_gather(problem, false, guard, ctx);
+  else if (engine == Engine::mma)
     gather_mma_input_grad(problem, guard, ctx);
   else
     gather_fma_input_grad(problem, guard, ctx);

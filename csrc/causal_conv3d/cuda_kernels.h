@@ -1,6 +1,7 @@
 // causal_conv3d on CUDA: what cuda.cu chooses among.
 // Previous hop: cuda.cu.
-// Next hop: cuda_gather_mma.cu, cuda_gather_fma.cu, cuda_weight_mma.cu, cuda_weight_fma.cu.
+// Next hop: sm90_gather.cu, cuda_gather_mma.cu, cuda_gather_fma.cu, cuda_weight_mma.cu,
+// cuda_weight_fma.cu.
 #pragma once
 
 #include "causal_conv3d/causal_conv3d.h"
@@ -15,7 +16,8 @@ struct GatherProblem {
   EntryAxis axes[3];
   const void* left;
   const void* left_history;
-  const void* weight;    // packed: [Cout, KT, KH, KW, Cin / groups]
+  // Packed: [Cout, KT, KH, KW, Cin / groups]; for sm_90a [KT, KH, KW, produced, summed].
+  const void* weight;
   const void* bias;      // [Cout] or null
   const void* residual;  // like out, added to it, or null
   void* out;
@@ -57,6 +59,8 @@ void gather_mma_input_grad(const GatherProblem& p, const DeviceGuard& guard,
 void gather_fma_forward(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 void gather_fma_input_grad(const GatherProblem& p, const DeviceGuard& guard,
                            const ExecContext& ctx);
+void sm90_gather(const GatherProblem& p, bool forward, const DeviceGuard& guard,
+                 const ExecContext& ctx);
 void weight_mma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 void weight_fma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 

@@ -66,6 +66,27 @@ def isa() -> int:
     return _isa
 
 
+# The kernels for compute capability 9.0 alone (Hopper) have not yet been run on a device: off by default.
+_sm90a = False
+
+
+def sm90a() -> bool:
+    """Whether kernels for compute capability 9.0 alone may serve, where there are any."""
+    return _sm90a
+
+
+@contextlib.contextmanager
+def sm90a_kernels(on: bool = True) -> Iterator[None]:
+    """Let kernels for compute capability 9.0 alone serve inside the block, or keep them from it."""
+    global _sm90a
+    before = _sm90a
+    _sm90a = on
+    try:
+        yield
+    finally:
+        _sm90a = before
+
+
 @contextlib.contextmanager
 def max_isa(level: str) -> Iterator[str]:
     """Cap the instruction set inside the block (tests and benchmarks); yields the level in use."""

@@ -31,3 +31,19 @@ def test_bank_conflicts_of_a_matrix_load_are_refused(emulated_core: ModuleType) 
 
 def test_launch_limits(emulated_core: ModuleType) -> None:
     assert emulated_core.selftest_too_many_threads() != 0
+
+
+def test_a_box_arrives_when_its_barrier_says_so(emulated_core: ModuleType) -> None:
+    assert emulated_core.selftest_read_box(True) == 7
+    assert emulated_core.selftest_read_box(False) == 0xFFFF  # what was there before
+
+
+def test_bytes_that_never_come_are_a_deadlock(emulated_core: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="deadlock"):
+        emulated_core.selftest_wait_forever()
+
+
+def test_the_copy_engine_reads_what_was_fenced(emulated_core: ModuleType) -> None:
+    assert emulated_core.selftest_write_box(True) == 0x3F80
+    with pytest.raises(RuntimeError, match="without a fence"):
+        emulated_core.selftest_write_box(False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu_rows, gpu_session
+from benchmarks import gpu_models, gpu_rows, gpu_session
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEM = {
@@ -39,7 +39,7 @@ def test_ways_of_a_convolution_agree(
     actual = row.ours(*inputs)
     for way in row.ways.values():
         torch.testing.assert_close(actual, way(*inputs), rtol=1e-4, atol=1e-4)
-    difference = gpu_session._difference(row, inputs)
+    difference = gpu_session._difference(row, row.ours, inputs)
     assert difference is not None
     assert difference < 1e-5
 
@@ -74,9 +74,10 @@ def test_table_names_the_winner() -> None:
         "machine": {"gpu": "one"},
         "stages": {"build": {"status": 0}, "tests": {"status": 1}},
         "rows": [{
-            "row": "work", "flops": 2e9, "bytes": 0.0, "difference": 1e-3,
+            "row": "work", "flops": 2e9, "bytes": 0.0, "items": 8.0, "item": "clips",
             "ways": {
-                "ours": {**way, "ms": 1.0, "informative": False},
+                "ours": {**way, "ms": 1.0, "informative": False, "difference": 1e-3},
+                gpu_session.SM90A: {**way, "ms": 0.5, "informative": False, "difference": 2e-3},
                 "slow": {**way, "ms": 3.0, "informative": False},
                 "less work": {**way, "ms": 0.1, "informative": True},
                 "broken": {"error": "RuntimeError: no", "informative": False},
@@ -84,5 +85,44 @@ def test_table_names_the_winner() -> None:
         }],
     }  # fmt: skip
     text = gpu_session.table(report)
-    assert "| work | 1.0000 | 3.0000 | slow | 3.00x | 2 TFLOP/s | 1.0e-03 |" in text
+    assert (
+        "| work | 3.0000 | slow | 1.0000 | 3.00x | 1.0e-03 | 0.5000 | 6.00x | 2.0e-03 "
+        "| 16000.0 clips/s, 4 TFLOP/s |"
+    ) in text
     assert "tests: FAILED (1)" in text
+
+
+def test_kernels_off_by_default_are_tested_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One that hangs may cost its own stage, not the tests of the others; and is then not measured.
+    asked: list[tuple[float, tuple[str, ...]]] = []
+
+    def pytest_of(seconds: float, *arguments: str) -> dict[str, Any]:
+        asked.append((seconds, arguments))
+        return {"status": 124}
+
+    monkeypatch.setattr(gpu_session, "_pytest", pytest_of)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    gpu_session.tests(float("inf"))
+    assert not gpu_session.sm90a(float("inf"))["served"]
+    assert asked[0][1] == (f"--ignore={gpu_session.SM90A_TESTS}",)
+    assert asked[1][1] == (gpu_session.SM90A_TESTS,)
+    assert (ROOT / gpu_session.SM90A_TESTS).is_file()
+
+
+def test_whole_models_run_both_ways() -> None:
+    rows = [
+        *gpu_models.tokenizer_rows("cpu", "magvit-v2-demo", 1, 1, frames=5, size=16),
+        gpu_models.generation_row("cpu", "magvit-v2-demo", "magvit-v2-demo", batch=1, steps=2),
+    ]
+    shapes = [(1, 2, 2, 2), (1, 3, 5, 16, 16), (), (1, 3, 17, 64, 64)]
+    for row, shape in zip(rows, shapes, strict=True):
+        inputs = row.make()
+        assert row.ours is not None
+        for way in (row.ours, *row.ways.values()):
+            result = way(*inputs)
+            assert tuple(result.shape) == shape, row.name
+            assert bool(result.isfinite().all()) if result.is_floating_point() else True
+        if row.compare:
+            difference = gpu_session._difference(row, row.ours, inputs)
+            assert difference is not None
+            assert difference < 0.1

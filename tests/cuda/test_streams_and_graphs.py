@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import gpu_models
 from torch import Tensor
 
 import magvit_fast as mf
+from magvit_fast import _native
 from magvit_fast.testing.budgets import assert_equal
 
 pytestmark = pytest.mark.cuda
@@ -134,3 +136,23 @@ def test_offsets_beyond_32_bits() -> None:
     corner = mf.causal_conv3d(x[:, :, -1:, -6:, -6:].contiguous(), weight, impl="native")
     assert_equal(y[:, :, -1, -5:, -5:], corner[:, :, 0, -5:, -5:])
     assert not bool(y[:, :, :-1].any())
+
+
+def test_generation_is_one_graph() -> None:
+    """Decoding loop and decoder: nothing waits for the device, and a replay reads new inputs."""
+    row = gpu_models.generation_row("cuda", "magvit-v2-demo", "magvit-v2-demo", batch=2, steps=3)
+    *models, settings, condition, classes = row.make()
+    side = torch.cuda.Stream()
+    with _native.default_impl("native"):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            gpu_models.generate_clip(*models, settings, condition, classes)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            video = gpu_models.generate_clip(*models, settings, condition, classes)
+        for first in (0, 50):
+            classes.copy_(torch.arange(first, first + 2, device="cuda"))
+            graph.replay()
+            again = gpu_models.generate_clip(*models, settings, condition, classes)
+            assert_equal(video, again)

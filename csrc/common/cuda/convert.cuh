@@ -7,6 +7,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <cstring>
 #include <stdexcept>
 
 #include "common/dtype.h"
@@ -49,6 +51,22 @@ struct alignas(2 * sizeof(T)) Pair {
 template <class T>
 __device__ __forceinline__ void store_pair(T* p, float first, float second) {
   *reinterpret_cast<Pair<T>*>(p) = Pair<T>{static_cast<T>(first), static_cast<T>(second)};
+}
+
+// Two 16-bit neighbors in a register, the first in the low half.
+template <class T>
+__device__ __forceinline__ std::uint32_t pack_pair(float first, float second) {
+  const Pair<T> pair{static_cast<T>(first), static_cast<T>(second)};
+  static_assert(sizeof(pair) == sizeof(std::uint32_t));
+  std::uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+template <class T>
+__device__ __forceinline__ float2 unpack_pair(std::uint32_t bits) {
+  Pair<T> pair;
+  memcpy(&pair, &bits, sizeof(bits));
+  return make_float2(static_cast<float>(pair.first), static_cast<float>(pair.second));
 }
 
 }  // namespace magvit_fast::cuda

@@ -177,7 +177,7 @@ def _shape_numbers(
             x_size[2 + axis] + earlier, y_size[2 + axis], kernel[axis], geometry.stride[axis],
             geometry.dilation[axis], geometry.padding[2 * axis] - earlier, PAD_MODES.index(mode),
         ]  # fmt: skip
-    return [*numbers, _precision.strict(), False]  # last: packed
+    return [*numbers, _precision.strict(), _native.sm90a(), False]  # last: packed
 
 
 def _run(

@@ -18,7 +18,14 @@ namespace {
 
 constexpr std::size_t kStackBytes = 96 * 1024;
 
-enum class State { ready, at_block, at_warp, done };
+enum class State { ready, at_block, at_warp, at_named, waiting, done };
+
+// What the copy engine has yet to do; `leaving` counts it among the groups of its fiber.
+struct Transfer {
+  int fiber, group;
+  bool leaving;
+  std::function<void()> work;
+};
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -31,6 +38,11 @@ struct Fiber {
   unsigned collectives = 0;  // parity chooses the slot table
   CopyGroup open;
   std::deque<CopyGroup> groups;
+  std::function<bool()> awaited;
+  int named_id = 0, named_threads = 0;
+  int bulk_group = 0;  // the one that is open
+  bool unfenced = false;
+  std::deque<std::vector<std::function<void()>>> products;  // groups; the last one is open
 };
 
 struct Machine {
@@ -42,6 +54,10 @@ struct Machine {
   void* scheduler = nullptr;
   const char* failure = nullptr;
   const std::function<void()>* body = nullptr;
+  std::vector<Transfer> transfers;
+  std::size_t shared_bytes = 0;
+  unsigned long version = 0;         // of the last write
+  unsigned long versions[256] = {};  // of every kilobyte
   std::mt19937 order{20261120};
 };
 
@@ -91,6 +107,49 @@ void prepare(Fiber& fiber) {
   fiber.collectives = 0;
   fiber.open.count = 0;
   fiber.groups.clear();
+  fiber.bulk_group = 0;
+  fiber.unfenced = false;
+  fiber.products.clear();
+  fiber.products.emplace_back();
+}
+
+Fiber& fiber_at(int i) { return machine.fibers[static_cast<std::size_t>(i)]; }
+
+// One of the copies that are under way, any of them.
+bool transfer_one() {
+  if (machine.transfers.empty()) return false;
+  const std::size_t i = machine.order() % machine.transfers.size();
+  const auto work = std::move(machine.transfers[i].work);
+  machine.transfers.erase(machine.transfers.begin() + static_cast<std::ptrdiff_t>(i));
+  work();
+  return true;
+}
+
+bool release_waiting() {
+  bool released = false;
+  for (int i = 0; i < machine.threads; ++i) {
+    Fiber& f = fiber_at(i);
+    if (f.state == State::waiting && f.awaited()) f.state = State::ready, released = true;
+    if (f.state != State::at_named) continue;
+    int here = 0;
+    for (int j = 0; j < machine.threads; ++j)
+      here += fiber_at(j).state == State::at_named && fiber_at(j).named_id == f.named_id;
+    if (here < f.named_threads) continue;
+    const int id = f.named_id;
+    for (int j = 0; j < machine.threads; ++j)
+      if (fiber_at(j).state == State::at_named && fiber_at(j).named_id == id)
+        fiber_at(j).state = State::ready;
+    released = true;
+  }
+  return released;
+}
+
+void run_products(Fiber& fiber, std::size_t groups_left) {
+  while (fiber.products.size() > groups_left) {
+    const auto group = std::move(fiber.products.front());
+    fiber.products.pop_front();
+    for (const auto& work : group) work();
+  }
 }
 
 bool release_block_barrier() {
@@ -146,27 +205,113 @@ void run_block() {
         machine.current = &fiber;
         threadIdx = fiber.index;
         emulator_switch(&machine.scheduler, fiber.stack_pointer);
+        machine.current = nullptr;
         if (machine.failure != nullptr) throw std::runtime_error(machine.failure);
         ran = true;
       }
       live = live || fiber.state != State::done;
     }
-    if (!live) return;
+    if (!live) {
+      if (!machine.transfers.empty())
+        throw std::runtime_error("emulator: a block ended before its copies had left");
+      return;
+    }
+    const bool moved = machine.order() & 1u ? transfer_one() : false;
     if (release_warp_collectives()) continue;
     if (release_block_barrier()) continue;
-    if (!ran)
+    if (release_waiting()) continue;
+    if (!ran && !moved && transfer_one()) continue;
+    if (!ran && !moved)
       throw std::runtime_error("emulator: deadlock, a barrier that some thread never reaches");
   }
 }
 
 }  // namespace
 
-unsigned char* dynamic_shared() {
+namespace {
+constexpr std::uint32_t kFirstShared =
+    128;  // a device promises no more than the declared alignment
+
+unsigned char* shared_origin() {
   const auto address = reinterpret_cast<std::uintptr_t>(machine.shared.data());
-  return machine.shared.data() + ((128 - address % 128) % 128);
+  return machine.shared.data() + ((1024 - address % 1024) % 1024);
+}
+}  // namespace
+
+unsigned char* dynamic_shared() { return shared_origin() + kFirstShared; }
+std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(static_cast<const unsigned char*>(p) - shared_origin());
+}
+unsigned char* shared_pointer(std::uint32_t address, std::uint32_t bytes, std::uint32_t alignment) {
+  if (address % alignment != 0) fail("emulator: a misaligned address in shared memory");
+  if (address < kFirstShared || address + bytes > kFirstShared + machine.shared_bytes)
+    fail("emulator: an address outside of the dynamic shared memory");
+  return shared_origin() + address;
+}
+unsigned long shared_version(std::uint32_t address, std::uint32_t bytes) {
+  unsigned long latest = 0;
+  for (std::uint32_t i = address / 1024; i <= (address + bytes - 1) / 1024; ++i)
+    if (machine.versions[i % 256] > latest) latest = machine.versions[i % 256];
+  return latest;
+}
+void shared_changed(std::uint32_t address, std::uint32_t bytes) {
+  ++machine.version;
+  for (std::uint32_t i = address / 1024; i <= (address + bytes - 1) / 1024; ++i)
+    machine.versions[i % 256] = machine.version;
+}
+int thread() { return machine.current->linear; }
+
+void wait_until(const std::function<bool()>& ready) {
+  machine.current->awaited = ready;
+  machine.current->state = State::waiting;
+  yield_to_scheduler();
+}
+void named_barrier(int id, int threads) {
+  machine.current->named_id = id;
+  machine.current->named_threads = threads;
+  machine.current->state = State::at_named;
+  yield_to_scheduler();
+}
+void later(bool leaving, const std::function<void()>& work) {
+  machine.transfers.push_back(
+      {machine.current->linear, machine.current->bulk_group, leaving, work});
+}
+void bulk_commit() { ++machine.current->bulk_group; }
+void bulk_wait(int still_pending) {
+  const int fiber = machine.current->linear;
+  const int up_to = machine.current->bulk_group - still_pending;
+  wait_until([=] {
+    for (const Transfer& t : machine.transfers)
+      if (t.leaving && t.fiber == fiber && t.group < up_to) return false;
+    return true;
+  });
+}
+void wrote_shared(std::uint32_t address, std::uint32_t bytes) {
+  machine.current->unfenced = true;
+  shared_changed(address, bytes);
+}
+void fence_shared() { machine.current->unfenced = false; }
+void demand_fenced() {
+  const int first = machine.current->linear / 128 * 128;
+  for (int i = first; i < first + 128 && i < machine.threads; ++i)
+    if (fiber_at(i).unfenced)
+      fail("emulator: the copy engine reads what was written without a fence");
+}
+void product(const std::function<void()>& work) {
+  Fiber& fiber = *machine.current;
+  fiber.products.back().push_back(work);
+  if ((machine.order() & 7u) != 0) return;
+  run_products(fiber, 1);  // all that was asked for so far, now
+  for (const auto& one : fiber.products.back()) one();
+  fiber.products.back().clear();
+}
+void product_commit() { machine.current->products.emplace_back(); }
+void product_wait(int still_pending) {
+  run_products(*machine.current, static_cast<std::size_t>(still_pending) + 1);
 }
 [[noreturn]] void fail(const char* why) {
   machine.failure = why;
+  if (machine.current == nullptr) throw std::runtime_error(why);
   machine.current->state = State::done;
   yield_to_scheduler();
   std::abort();  // a finished fiber is never resumed
@@ -224,6 +369,8 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::functi
   gridDim = grid;
   machine.body = &body;
   machine.failure = nullptr;
+  machine.transfers.clear();
+  machine.shared_bytes = shared_bytes;
   const auto threads = static_cast<std::size_t>(machine.threads);
   if (machine.fibers.size() < threads) machine.fibers.resize(threads);
   machine.slots.assign((threads + kWarp - 1) / kWarp * 2 * kWarp * kSlotBytes, 0);
@@ -231,7 +378,8 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::functi
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = {x, y, z};
-        machine.shared.assign(shared_bytes + 128, 0xff);
+        machine.shared.assign(shared_bytes + 1024 + kFirstShared, 0xff);
+        shared_changed(0, 256 * 1024);
         for (std::size_t i = 0; i < threads; ++i) {
           Fiber& fiber = machine.fibers[i];
           const auto n = static_cast<unsigned>(i);

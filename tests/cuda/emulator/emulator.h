@@ -5,9 +5,10 @@
 // Every CUDA thread is a fiber. Fibers run until a barrier or a warp collective; the order in which
 // they run between two barriers is drawn anew each time, so a missing barrier shows as a wrong or
 // varying result. A barrier that some thread never reaches is reported as a deadlock. Dynamic
-// shared memory starts as NaN. Asynchronous copies happen when they are waited for, not before.
-// What this cannot show: speed, memory ordering between blocks, alignment faults other than those
-// asserted in ptx.cuh.
+// shared memory starts as NaN. Asynchronous copies happen when they are waited for, not before;
+// those of the copy engine and warpgroup products at a moment drawn anew each time. What this
+// cannot show: speed, memory ordering between blocks, alignment faults other than those asserted in
+// ptx.cuh.
 #pragma once
 
 #include <cstddef>
@@ -57,6 +58,31 @@ int lane();
 // Ends the launch with a std::runtime_error; called by a kernel's instruction that finds itself
 // misused.
 [[noreturn]] void fail(const char* why);
+
+// Shared memory by the 32-bit address that a kernel computes with; fails where bytes lie outside.
+unsigned char* shared_pointer(std::uint32_t address, std::uint32_t bytes, std::uint32_t alignment);
+std::uint32_t shared_address(const void* p);
+// A number that grows whenever the copy engine or a matrix store writes into the bytes' kilobytes.
+unsigned long shared_version(std::uint32_t address, std::uint32_t bytes);
+void shared_changed(std::uint32_t address, std::uint32_t bytes);
+int thread();
+
+void wait_until(
+    const std::function<bool()>& ready);  // another fiber or the copy engine makes it so
+void named_barrier(int id, int threads);
+// The copy engine: does the work at some later moment. `leaving`: counted by the caller's bulk
+// groups.
+void later(bool leaving, const std::function<void()>& work);
+void bulk_commit();
+void bulk_wait(int still_pending);
+// Plain writes to shared memory that the copy engine is to read need a fence of the writing thread.
+void wrote_shared(std::uint32_t address, std::uint32_t bytes);
+void fence_shared();
+void demand_fenced();
+// Warpgroup products: this thread's part is done between now and the wait for its group.
+void product(const std::function<void()>& work);
+void product_commit();
+void product_wait(int still_pending);
 
 void copy_async(void* shared, const void* global, int bytes, bool valid);
 void copy_commit();

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "common/cuda/hopper.cuh"
 #include "common/cuda/ptx.cuh"
 
 namespace magvit_fast {
@@ -48,6 +49,43 @@ void conflict_kernel() {
   cuda::load_matrix(fragment, cuda::dynamic_shared() + threadIdx.x % 8 * 64);
 }
 
+constexpr std::uint32_t kTile = 1024, kBarrier = 2048;  // addresses in shared memory
+
+// Eight rows of 64 channels, and which of their bits stood first when they were read.
+void read_box_kernel(cuda::TensorMap map, std::uint16_t* out, bool wait) {
+  cuda::barrier_init(kBarrier, 1);
+  cuda::barrier_arrive_expecting(kBarrier, 1024);
+  cuda::copy_box_in(kTile, &map, kBarrier, 0, 0, 0, 0, 0);
+  if (wait) cuda::barrier_wait(kBarrier, 0);
+  std::memcpy(out, emulator::shared_pointer(kTile, 2, 2), 2);
+  cuda::barrier_wait(kBarrier, 0);
+}
+
+// One byte more than comes.
+void wait_forever_kernel(cuda::TensorMap map) {
+  cuda::barrier_init(kBarrier, 1);
+  cuda::barrier_arrive_expecting(kBarrier, 1025);
+  cuda::copy_box_in(kTile, &map, kBarrier, 0, 0, 0, 0, 0);
+  cuda::barrier_wait(kBarrier, 0);
+}
+
+// A warp writes rows of 16 bytes and sends them away.
+void write_box_kernel(cuda::TensorMap map, bool fence) {
+  const std::uint32_t ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+  cuda::store_matrix_transposed(kTile + threadIdx.x * 16, ones);
+  if (fence) cuda::copy_engine_fence();
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  cuda::copy_box_out(&map, kTile, 0, 0, 0, 0, 0);
+  cuda::copy_out_commit();
+  cuda::copy_out_wait();
+}
+
+cuda::TensorMap one_box(const void* base) {
+  return cuda::tensor_map(
+      {base, {64, 8, 1, 1, 1}, {1, 64, 512, 512, 512}, {64, 8, 1, 1, 1}, DType::bf16}, "selftest");
+}
+
 }  // namespace
 
 void bind_selftest(pybind11::module_& m) {
@@ -67,6 +105,24 @@ void bind_selftest(pybind11::module_& m) {
     const auto config = one_block(1);
     cudaLaunchKernelEx(&config, read_early_kernel, from, &out, wait);
     return out;
+  });
+  m.def("selftest_read_box", [](bool wait) {
+    alignas(16) std::uint16_t from[512] = {7};
+    std::uint16_t out = 0;
+    const auto config = one_block(1);
+    cudaLaunchKernelEx(&config, read_box_kernel, one_box(from), &out, wait);
+    return static_cast<int>(out);
+  });
+  m.def("selftest_wait_forever", [] {
+    alignas(16) std::uint16_t from[512] = {};
+    const auto config = one_block(1);
+    cudaLaunchKernelEx(&config, wait_forever_kernel, one_box(from));
+  });
+  m.def("selftest_write_box", [](bool fence) {
+    alignas(16) std::uint16_t to[512] = {};
+    const auto config = one_block(32);
+    cudaLaunchKernelEx(&config, write_box_kernel, one_box(to), fence);
+    return static_cast<int>(to[0]);
   });
   m.def("selftest_conflict", [] {
     const auto config = one_block(32);

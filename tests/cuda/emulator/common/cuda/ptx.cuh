@@ -12,6 +12,7 @@
 namespace magvit_fast::cuda {
 
 inline unsigned char* dynamic_shared() { return ::emulator::dynamic_shared(); }
+inline std::uint32_t shared_address(const void* p) { return ::emulator::shared_address(p); }
 
 inline void check_aligned(const void* p, unsigned bytes) {
   if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0)
