@@ -221,9 +221,34 @@ class Counts(Wrapper):
         return self.conv(x if self.calls % 2 else x.roll(1, 2))
 
 
+class _Standardized(nn.Conv3d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
+
+
+class StandardizedWeights(Wrapper):
+    """The frames follow a plan, the weights of the call are not the convolution's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(_Standardized(2, 3, 3, padding=(0, 1, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 0, 0, 0, 2, 0)))
+
+
 @pytest.mark.parametrize(
     "kind",
-    [Rectified, Shifted, Reversed, Interleaved, KeepsTheInput, WritesItsInput, LongClips, Counts],
+    [
+        Rectified,
+        Shifted,
+        Reversed,
+        Interleaved,
+        KeepsTheInput,
+        WritesItsInput,
+        LongClips,
+        Counts,
+        StandardizedWeights,
+    ],
 )
 def test_what_is_no_plan_runs_as_it_is(kind: type[Wrapper]) -> None:
     torch.manual_seed(0)
@@ -278,6 +303,28 @@ def test_a_changed_setting_is_looked_at_again() -> None:
                 assert module(x).shape == plain(x).shape
             torch.testing.assert_close(module(x), plain(x), atol=1e-5, rtol=1e-5)
     assert len(_plans(module)) == 3
+
+
+class PadsByMode(Wrapper):
+    """Other frames in training, and again others where gradients are wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mode = "replicate" if self.training else "constant"
+        return self.conv(F.pad(x, (0, 0, 0, 0, 2 + torch.is_grad_enabled(), 0), mode=mode))
+
+
+def test_training_and_gradients_are_settings_too() -> None:
+    torch.manual_seed(0)
+    module = PadsByMode()
+    plain, x = copy.deepcopy(module), torch.randn(1, 2, 4, 6, 6)
+    mf.patch(module)
+    for training in (True, False):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                ours, theirs = module.train(training)(x), plain.train(training)(x)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert len(_plans(module)) == 4
+    assert None not in _plans(module)
 
 
 def test_plans_are_bounded_and_go_with_their_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,11 @@ def _inputs(
         tensors, settings = kept(owner)
         sources += [tensor for _, tensor in tensors]
         rest += [tuple(name for name, _ in tensors), tuple(settings)]
+    modes = (torch.is_grad_enabled(), *(owner.training for owner in owners))
     first = sources[0]
     if any(s.dim() != 5 or s.dtype != first.dtype or s.device != first.device for s in sources):
         raise Unknown
-    return sources, (tuple(s.shape for s in sources), tuple(rest), len(args))
+    return sources, (tuple(s.shape for s in sources), tuple(rest), len(args), modes)
 
 
 def _plain(owners: list[Any]) -> bool:
@@ -85,7 +86,7 @@ def _plan(
         while len(plans) >= MAX_PLANS:
             del plans[next(iter(plans))]
         try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with torch.autocast("cpu", enabled=False):
                 plans[key] = look(owners, sources, args, kwargs)
         except Exception:  # whatever third-party code makes of a probe: it keeps doing the work
             plans[key] = None
