@@ -26,8 +26,7 @@
 //       17x64x64: 9.8 -> 3.5 ms float32, 5.8 -> 3.9 bfloat16
 //   v6  up to 8 channels: the taps of a row side by side (cpu_join.h); results written tile by
 //       tile, bfloat16 by its instruction; planes of 1x1 kernels as one row:
-//       3->16, 17x64x64 bfloat16, two threads: 2.3 -> 1.5 ms; 64->128, 1x1x1, 17x16x16 float32
-//       1.1 -> 0.9 ms
+//       3->16, 17x64x64 bfloat16, two threads: 2.3 -> 1.5 to 2.2 ms
 //
 // Counted in registers and L1, in cycles a product instruction of bfloat16: 1.0 for the tile
 // without loads, 1.17 with them, 1.46 for sums of 10 channels, 2.0 for a single vector of columns
