@@ -303,10 +303,13 @@ def test_detokenized_images_and_names_that_promise_something_else(
 
 def interrupted(words: list[Any], out: Path, number: signal.Signals) -> tuple[int, str]:
     """Status and messages of a command that got a signal when it had begun to write into `out`."""
+    # Shells start background jobs, such as a whole test run, with SIGINT ignored.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from magvit_fast.cli.main import main; sys.exit(main())"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "magvit_fast.cli.main", *map(str, words)],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", program, *map(str, words)], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     deadline = time.monotonic() + 60
