@@ -147,11 +147,12 @@ def missing_core(device: torch.device) -> str | None:
     return f"there are no native kernels for device type '{device.type}'"
 
 
-def use_native(op: str, impl: str, obstacle: str | None) -> bool:
+def use_native(op: str, impl: str, obstacle: str | None, *, slower: bool = False) -> bool:
     """Decide between the native kernel and the reference.
 
     `obstacle` says why the native kernel cannot run these arguments (None: it can). An explicit
-    `impl="native"` never falls back: it raises NotImplementedError with that reason.
+    `impl="native"` never falls back: it raises NotImplementedError with that reason. Where the native
+    kernel can run but is `slower`, "auto" takes the reference.
     """
     if impl not in ("auto", "native", "reference"):
         raise ValueError(f"impl: expected 'auto', 'native' or 'reference', got {impl!r}")
@@ -159,7 +160,7 @@ def use_native(op: str, impl: str, obstacle: str | None) -> bool:
     if chosen == "reference":
         return False
     if obstacle is None:
-        return True
+        return not (slower and chosen == "auto")
     if chosen == "native":
         raise NotImplementedError(f"{op}: impl='native' cannot run here: {obstacle}")
     return False

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from magvit_fast import _native
 from magvit_fast.ops import _checks, _packed_weights, _precision
+from magvit_fast.ops._conv_choice import torch_is_faster
 from magvit_fast.ops._layout import address, channels_last, empty_in_format, is_channels_last
 
 # --- contract ---------------------------------------------------------------------------------
@@ -450,7 +451,7 @@ def causal_conv3d(
             front padding (all of them if there are fewer; the rest is padded by time_mode).
         residual: [B, C_out, T', H', W'], added to the result; natively in float32, before it is
             rounded.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native" or "reference"; what "auto" leaves to PyTorch: ops/_conv_choice.py.
 
     Returns:
         [B, C_out, T', H', W'] in x's dtype and memory format, with
@@ -476,8 +477,7 @@ def causal_conv3d(
         TypeError: tensors that are not floating point or differ in dtype.
         NotImplementedError: impl="native" where no kernel serves the dtype or device.
 
-    Source: MAGVIT-v2 (arXiv 2310.05737) section 3.2 (causal convolution); MAGVIT v1 uses it with
-    back > 0.
+    Source: MAGVIT-v2 (arXiv 2310.05737) section 3.2 (causal convolution); MAGVIT v1 has back > 0.
     """
     _checks.check_choice("time_mode", time_mode, PAD_MODES)
     _checks.check_choice("space_mode", space_mode, PAD_MODES)
@@ -494,6 +494,7 @@ def causal_conv3d(
     _check_geometry(x, history, weight, geometry)
     _check_residual(residual, x, _out_shape(x, history, weight, geometry))
     obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
-    if _native.use_native("causal_conv3d", impl, obstacle):
+    slower = torch_is_faster(x, weight, steps, groups)
+    if _native.use_native("causal_conv3d", impl, obstacle, slower=slower):
         return _Forward.apply(x, history, weight, bias, residual, geometry)  # type: ignore[no-untyped-call, no-any-return]
     return reference(x, history, weight, bias, residual, geometry)

@@ -1,0 +1,35 @@
+"""Which convolutions on the CPU `impl="auto"` leaves to PyTorch, because its own are faster there.
+
+Previous hop: causal_conv3d. Figures: benchmarks/notes/causal_conv3d_cpu.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from magvit_fast import _native
+
+_NARROW = 16  # channels; fewer fill no register of a bfloat16 product
+
+
+def torch_is_faster(x: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
+    """Whether oneDNN was measured to beat the native kernel by more than noise on such a layer.
+
+    It must not depend on sizes in time or plane: chunks of a stream take the way of the whole.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if x.dtype == torch.bfloat16 and _native.isa() < _native.ISA_LEVELS.index("avx512_bf16"):
+        return False  # oneDNN widens there, too
+    if groups > 1:
+        return True
+    if x.dtype == torch.float32:
+        return False
+    if max(weight.shape[2:]) == 1:
+        return True
+    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    narrow = weight.shape[1] <= _NARROW and max(stride) == 1
+    return narrow and not (gradients and weight.shape[0] > _NARROW)
