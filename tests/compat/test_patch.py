@@ -111,25 +111,21 @@ def test_gradients(name: str) -> None:
     assert worst <= 4 * worst_plain + 2e-5 * scale
 
 
+_TILES = {
+    "tile_sample_min_height": 16,
+    "tile_sample_min_width": 16,
+    "tile_sample_stride_height": 8,
+    "tile_sample_stride_width": 8,
+}
+
+
 def _tiled(model: nn.Module) -> None:
-    model.enable_tiling(
-        tile_sample_min_height=16,
-        tile_sample_min_width=16,
-        tile_sample_min_num_frames=8,
-        tile_sample_stride_height=8,
-        tile_sample_stride_width=8,
-        tile_sample_stride_num_frames=4,
-    )
+    frames = {"tile_sample_min_num_frames": 8, "tile_sample_stride_num_frames": 4}
+    model.enable_tiling(**_TILES, **frames)
 
 
 def _magvit_tiled(model: nn.Module) -> None:
-    model.enable_tiling(
-        tile_sample_min_height=16,
-        tile_sample_min_width=16,
-        tile_sample_min_num_frames=5,
-        tile_sample_stride_height=8,
-        tile_sample_stride_width=8,
-    )
+    model.enable_tiling(**_TILES, tile_sample_min_num_frames=5)
 
 
 def _overlapping(model: nn.Module) -> None:
