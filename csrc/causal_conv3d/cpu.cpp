@@ -9,6 +9,7 @@
 #include "causal_conv3d/cpu_join.h"
 #include "causal_conv3d/cpu_pack.h"
 #include "causal_conv3d/cpu_sides.h"
+#include "causal_conv3d/cpu_strip.h"
 #include "causal_conv3d/cpu_tables.h"
 #include "causal_conv3d/cpu_winograd.h"
 #include "causal_conv3d/cpu_winograd_plan.h"
@@ -24,10 +25,7 @@ index_t elements(const SplitTensor& t, index_t batch, bool early) {
   return batch * (early ? t.early_frames : t.late_frames) * t.height * t.width * t.channels;
 }
 
-struct Packing {
-  WeightView weight;
-  PackLayout layout;
-};
+using Packing = StripPacking;
 
 index_t packed_bytes(const Packing& p) {
   return packed_size(p.weight, p.layout) * dtype_bytes(p.layout.type);
@@ -167,6 +165,8 @@ void run(const Conv3dShape& shape, Direction direction, const Tensors& tensors, 
          const ExecContext& ctx) {
   if (by_winograd(shape, direction, ctx.isa))
     return winograd_run(shape, direction, tensors, memory, ctx);
+  if (strip_serves(shape, direction, ctx.isa))
+    return strip_run(shape, direction, tensors, memory, ctx);
   const Conv3dShape s = with_flat_plane(shape);
   Workspace workspace(memory);
   Plan plan = make_plan(s, direction, tensors, ctx.isa, workspace);
@@ -202,6 +202,7 @@ void run(const Conv3dShape& shape, Direction direction, const Tensors& tensors, 
 
 std::size_t measure(const Conv3dShape& s, Direction direction, const ExecContext& ctx) {
   if (by_winograd(s, direction, ctx.isa)) return winograd_workspace(s, direction, ctx);
+  if (strip_serves(s, direction, ctx.isa)) return strip_workspace(s, direction, ctx);
   Workspace workspace(nullptr);
   make_plan(with_flat_plane(s), direction, {}, ctx.isa, workspace);
   return workspace.bytes();
@@ -211,6 +212,7 @@ Packing packing_of(const Conv3dShape& s, bool forward, const void* weight, int i
   const Direction direction = forward ? Direction::forward : Direction::input_grad;
   if (by_winograd(s, direction, isa))
     return {weight_view(s, direction, weight), winograd_packing(isa)};
+  if (strip_serves(s, direction, isa)) return strip_packing(s, direction, weight, isa);
   return gather_packing(s, direction, weight, isa);
 }
 
@@ -221,8 +223,8 @@ Conv3dPacking causal_conv3d_packing(const Conv3dShape& shape, bool forward,
   if (!forward && folds_border(shape, ctx)) return {0, 0};
   const Packing p = packing_of(shape, forward, nullptr, ctx.isa);
   index_t kind = (p.layout.block * 64 + p.layout.lanes) * 4096 + p.weight.joined;
-  for (const bool part :
-       {p.layout.pairs, p.layout.taps_inside, p.layout.type == DType::bf16, forward})
+  for (const bool part : {p.layout.pairs, p.layout.taps_inside, p.layout.type == DType::bf16,
+                          forward, p.weight.mirrored})
     kind = kind * 2 + part;
   return {static_cast<std::size_t>(packed_bytes(p)), kind};
 }

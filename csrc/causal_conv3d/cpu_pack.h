@@ -16,10 +16,11 @@ struct WeightView {
   index_t groups, reduce, columns, taps;
   index_t group_stride, reduce_stride, column_stride;
   index_t joined = 1;
+  bool mirrored = false;  // joined taps stand backwards
 
   index_t row(index_t k) const {  // offset of the k-th of `reduce`
-    const index_t channels = reduce / joined;
-    return k % channels * reduce_stride + k / channels;
+    const index_t channels = reduce / joined, tap = k / channels;
+    return k % channels * reduce_stride + (mirrored ? joined - 1 - tap : tap);
   }
 };
 

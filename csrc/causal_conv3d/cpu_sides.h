@@ -34,6 +34,17 @@ inline Conv3dShape with_flat_plane(Conv3dShape s) {
   return s;
 }
 
+// A convolution at stride 1 under zero padding seen from its outputs: what reads which source, with
+// taps in reverse.
+inline AxisMap reversed(const AxisMap& a) {
+  return {a.out, a.source, a.kernel, 1, a.dilation, (a.kernel - 1) * a.dilation - a.front, a.mode};
+}
+
+// Padded positions that the outputs of an axis meet.
+inline index_t padded_positions(const AxisMap& a) {
+  return (a.out - 1) * a.stride + (a.kernel - 1) * a.dilation + 1;
+}
+
 // The side of x and its history.
 inline SplitTensor source_side(const Conv3dShape& s, const void* history, const void* x) {
   return {const_cast<void*>(history),

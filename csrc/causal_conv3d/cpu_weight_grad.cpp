@@ -31,10 +31,6 @@ bool swaps_sides(const Conv3dShape& s, index_t lanes) {
   return true;
 }
 
-AxisMap reversed(const AxisMap& a) {
-  return {a.out, a.source, a.kernel, 1, a.dilation, (a.kernel - 1) * a.dilation - a.front, a.mode};
-}
-
 // The shape with its sides as the kernel sees them.
 struct Sides {
   Conv3dShape s;
@@ -92,14 +88,10 @@ struct Tables {
   std::int32_t *t, *h, *w;
 };
 
-index_t padded_columns(const AxisMap& a) {
-  return (a.out - 1) * a.stride + (a.kernel - 1) * a.dilation + 1;
-}
-
 Tables take_tables(const Conv3dShape& s, Workspace& workspace) {
   return {workspace.take<std::int32_t>(s.t.kernel * s.t.out),
           workspace.take<std::int32_t>(s.h.kernel * s.h.out),
-          workspace.take<std::int32_t>(padded_columns(s.w))};
+          workspace.take<std::int32_t>(padded_positions(s.w))};
 }
 
 void fill(const AxisMap& axis, std::int32_t* table) {
@@ -231,7 +223,7 @@ void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContex
   const AxisMap& w = sides.s.w;
   fill(sides.s.t, plan.tables.t);
   fill(sides.s.h, plan.tables.h);
-  for (index_t q = 0; q < padded_columns(w); ++q)
+  for (index_t q = 0; q < padded_positions(w); ++q)
     plan.tables.w[q] = static_cast<std::int32_t>(source_at(w, q - w.front));
 
   const auto kernel = MF_PICK_SIMD(conv3d_weight_grad, ctx.isa);
