@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from magvit_fast import _recycled
+
 Impl = Literal["auto", "native", "reference"]
 
 # The library object must outlive the ops that are registered on it.
@@ -197,12 +199,13 @@ def launcher(device: torch.device) -> tuple[Any, int, int]:
 
 
 def in_huge_pages(x: torch.Tensor) -> torch.Tensor:
-    """x, freshly allocated: where it is large and on the CPU, in pages of 2 MiB if the system can.
+    """x, freshly allocated: where it is large and on the CPU, in memory that is ready to be written.
 
-    A large tensor comes as new memory of the system, page by page at its first writing; in small
+    That is what an earlier result of its size has left, or else pages of 2 MiB if the system can. A
+    large tensor comes as new memory of the system, page by page at its first writing; in small
     pages that takes longer than a kernel that runs at the speed of memory.
     """
-    if x.device.type == "cpu" and x.nbytes >= HUGE_PAGES_FROM:
+    if x.device.type == "cpu" and x.nbytes >= HUGE_PAGES_FROM and not _recycled.take(x):
         core().advise_huge_pages(x.data_ptr(), x.nbytes)
     return x
 
@@ -215,12 +218,15 @@ _kept = threading.local()
 
 def workspace(size: int, device: torch.device) -> torch.Tensor:
     """`size` bytes of any contents, for one native call of this thread that ends before the next one."""
-    if device.type != "cpu" or size > _KEPT_BYTES:
+    if device.type != "cpu":
         return torch.empty(size, dtype=torch.uint8, device=device)
+    if size > _KEPT_BYTES:
+        return in_huge_pages(torch.empty(size, dtype=torch.uint8))
     held: torch.Tensor | None = getattr(_kept, "workspace", None)
     if held is None or held.numel() < size:
         with torch.inference_mode(False):
-            held = in_huge_pages(torch.empty(size, dtype=torch.uint8))
+            held = torch.empty(size, dtype=torch.uint8)
+        core().advise_huge_pages(held.data_ptr(), size)
         _kept.workspace = held
     return held
 
