@@ -133,6 +133,17 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 
 @pytest.fixture
+def done(cli: Callable[..., Result]) -> Callable[..., None]:
+    """Run a command line that must succeed: what it says otherwise is the test's failure."""
+
+    def run(*words: str | Path) -> None:
+        result = cli(*words)
+        assert result.status == 0, result.err
+
+    return run
+
+
+@pytest.fixture
 def fails(cli: Callable[..., Result]) -> Callable[..., str]:
     """Run a command line that must fail; returns its one line of error."""
 

@@ -46,10 +46,10 @@ def test_round_trip_of_any_length(
 
 
 def test_streaming_equals_the_whole_and_the_tail_repeats_the_last_frame(
-    cli: Callable, models: Any, clip: str, tmp_path: Path
+    done: Callable, models: Any, clip: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "tokens.safetensors"
-    assert cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer).status == 0
+    done("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer)
     header, tensors = load_tokens(path)
     frames = read_video(clip)
     padded = torch.cat([frames, frames[:, -1:].expand(-1, 3, -1, -1)], dim=1)
@@ -64,11 +64,11 @@ def test_streaming_equals_the_whole_and_the_tail_repeats_the_last_frame(
 
 
 def test_detokenized_frames_are_the_decoders(
-    cli: Callable, models: Any, clip: str, tmp_path: Path
+    done: Callable, models: Any, clip: str, tmp_path: Path
 ) -> None:
     tokens, video = tmp_path / "t.safetensors", tmp_path / "v.mp4"
-    cli("tokenize", clip, "-o", tokens, "--tokenizer", models.tokenizer, "--frames", "7")
-    cli("detokenize", tokens, "-o", video, "--tokenizer", models.tokenizer, "--crf", "0")
+    done("tokenize", clip, "-o", tokens, "--tokenizer", models.tokenizer, "--frames", "7")
+    done("detokenize", tokens, "-o", video, "--tokenizer", models.tokenizer, "--crf", "0")
     tokenizer = MagvitV2Tokenizer.from_pretrained(models.tokenizer)
     with torch.inference_mode():
         expected = tokenizer.decode(load_tokens(tokens)[1]["ids"])[0, :, :7]
@@ -118,7 +118,7 @@ def test_clips_of_16_frames_unless_told(
 
 
 def test_clips_that_do_not_fit(
-    cli: Callable, fails: Callable, models: Any, first_generation: list[str], clip: str,
+    done: Callable, fails: Callable, models: Any, first_generation: list[str], clip: str,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     tokens, model = tmp_path / "t.safetensors", first_generation[:2]
@@ -128,7 +128,7 @@ def test_clips_that_do_not_fit(
         "tokenize", clip, "-o", tokens, "--tokenizer", models.tokenizer, "--clip-frames", "8"
     )
     assert "leave it out" in line
-    cli("tokenize", clip, "-o", tokens, *model, "--clip-frames", "8")
+    done("tokenize", clip, "-o", tokens, *model, "--clip-frames", "8")
     header, tensors = load_tokens(tokens)
     wrong = dataclasses.replace(header, grid=(15, 6, 8))
     save_tokens(tokens, wrong, tensors["ids"][:, :15])
@@ -196,10 +196,10 @@ def test_bad_tokenizer_directories(fails: Callable, clip: str, tmp_path: Path) -
 
 
 def test_wrong_tokenizer_names_both(
-    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+    done: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
 ) -> None:
     path, video = tmp_path / "t.safetensors", tmp_path / "v.mp4"
-    cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
+    done("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
     line = fails("detokenize", path, "-o", video, "--tokenizer", models.other_tokenizer)
     assert str(path) in line
     assert "made by another tokenizer" in line
@@ -208,11 +208,11 @@ def test_wrong_tokenizer_names_both(
 
 
 def test_bad_token_files(
-    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+    done: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
 ) -> None:
     path, video = tmp_path / "t.safetensors", tmp_path / "v.mp4"
     output = ("-o", video, "--tokenizer", models.tokenizer)
-    cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
+    done("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
     whole = path.read_bytes()
 
     assert "no such token file" in fails("detokenize", tmp_path / "none", *output)
@@ -231,10 +231,10 @@ def test_bad_token_files(
 
 
 def test_training_shards_are_not_videos(
-    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+    done: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "t.safetensors"
-    cli("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
+    done("tokenize", clip, "-o", path, "--tokenizer", models.tokenizer, "--frames", "5")
     header, tensors = load_tokens(path)
     shard = TokenHeader(header.fingerprint, header.num_bits, header.grid, header.video)
     save_tokens(path, shard, tensors["ids"].repeat(3, 1, 1, 1))
@@ -244,11 +244,11 @@ def test_training_shards_are_not_videos(
 
 @pytest.mark.parametrize("command", ["tokenize", "detokenize"])
 def test_full_disk_keeps_the_old_output(
-    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path, command: str
+    done: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path, command: str
 ) -> None:
     tokens = tmp_path / "tokens.safetensors"
     model = ("--tokenizer", models.tokenizer)
-    assert cli("tokenize", clip, "-o", tokens, *model).status == 0
+    done("tokenize", clip, "-o", tokens, *model)
     output = tmp_path / "out" / "file.mp4"
     output.parent.mkdir()
     output.write_bytes(b"old")
@@ -265,7 +265,7 @@ def test_full_disk_keeps_the_old_output(
 
 
 def test_trouble_with_the_output_comes_before_the_work(
-    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+    done: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
 ) -> None:
     model = ("--tokenizer", models.tokenizer)
     assert "is also the input" in fails("tokenize", clip, "-o", clip, *model)
@@ -274,16 +274,16 @@ def test_trouble_with_the_output_comes_before_the_work(
     (tmp_path / "file").touch()
     assert "cannot write" in fails("tokenize", clip, "-o", tmp_path / "file" / "t", *model)
     tokens = tmp_path / "t.safetensors"
-    cli("tokenize", clip, "-o", tokens, *model, "--frames", "5")
+    done("tokenize", clip, "-o", tokens, *model, "--frames", "5")
     assert "is also the input" in fails("detokenize", tokens, "-o", tokens, *model)
     assert load_tokens(tokens)[1]["ids"].shape == (1, 2, 6, 8)
 
 
 def test_detokenized_images_and_names_that_promise_something_else(
-    cli: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
+    cli: Callable, done: Callable, fails: Callable, models: Any, clip: str, tmp_path: Path
 ) -> None:
     model, tokens = ("--tokenizer", models.tokenizer), tmp_path / "t.safetensors"
-    cli("tokenize", clip, "-o", tokens, *model, "--frames", "1")
+    done("tokenize", clip, "-o", tokens, *model, "--frames", "1")
     result = cli("detokenize", tokens, "-o", tmp_path / "x.png", *model, "--json")
     assert result.status == 0, result.err
     assert json.loads(result.out)["frames"] == 1
@@ -295,7 +295,7 @@ def test_detokenized_images_and_names_that_promise_something_else(
     for suffix in (".jpg", ".webm"):
         line = fails("detokenize", tokens, "-o", tmp_path / f"x{suffix}", *model)
         assert f".mp4 (a video) or .png (a single image), got {suffix}" in line
-    cli("tokenize", clip, "-o", tokens, *model, "--frames", "5")
+    done("tokenize", clip, "-o", tokens, *model, "--frames", "5")
     line = fails("detokenize", tokens, "-o", tmp_path / "y.png", *model)
     assert "a .png holds one image, but the result has 5 frames" in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.safetensors", "x.png"]
@@ -323,12 +323,12 @@ def interrupted(words: list[Any], out: Path, number: signal.Signals) -> tuple[in
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_detokenize_leaves_nothing(
-    cli: Callable, models: Any, tmp_path: Path, number: signal.Signals
+    done: Callable, models: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
     long = tmp_path / "long.mp4"
     write_video(long, torch.rand(3, 1, 32, 32).expand(-1, 240, -1, -1))
     tokens, model = tmp_path / "t.safetensors", ["--tokenizer", models.tokenizer]
-    assert cli("tokenize", long, "-o", tokens, *model).status == 0
+    done("tokenize", long, "-o", tokens, *model)
     for attempt in range(5):  # on a busy machine it may be done before the signal goes out
         out = tmp_path / f"out{attempt}"
         out.mkdir()
