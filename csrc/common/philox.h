@@ -44,4 +44,11 @@ MF_HOST_DEVICE inline float uniform_open(std::uint32_t bits) {
   return (static_cast<float>(bits >> 9) + 0.5f) * 1.1920928955078125e-7f;
 }
 
+// Uniform in (0, 1), exact in float64: (k + 1/2) * 2^-52 with the 52 bits k of `high` and the top
+// of `low`.
+MF_HOST_DEVICE inline double uniform_wide(std::uint32_t high, std::uint32_t low) {
+  const std::uint64_t k = (static_cast<std::uint64_t>(high) << 20) | (low >> 12);
+  return (static_cast<double>(k) + 0.5) * 2.220446049250313e-16;
+}
+
 }  // namespace magvit_fast

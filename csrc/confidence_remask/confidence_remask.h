@@ -2,17 +2,22 @@
 // surest. Previous hop: bindings.cpp. Next hop: cpu.cpp (per instruction set: kernels.simd.cpp) or
 // cuda.cu.
 //
-// For an unknown position n of clip b, for each sub-token g:
-//   value      = argmax_v (logit / temperature + gumbel(stream 0, ((b*N + n)*G + g)*V + v)), first
-//   wins
-//                ties; temperature 0: argmax of the logits
+// For an unknown position n of clip b, for each sub-token g, with w_v = exp((logit_v - max) /
+// temperature):
+//   value      = the first v whose w_0 + ... + w_v exceeds u * (sum of all), u = uniform_wide of
+//   words 2e and
+//                2e + 1 of stream 0, e = (b*N + n)*G + g; with value_noise: argmax_v (logit /
+//                temperature + noise), the first of equals; temperature 0: argmax of the logits
 //   log p      = logit[value] - logsumexp(logits)                      (temperature 1)
 // token        = sum_g value_g << (g * log2 V)
 // confidence   = sum_g log p + choice_temperature * gumbel(stream 1, b*N + n)
 // The num_unknown[b] least confident (ties: the lower position) stay unknown, at most as many as
 // were. Every unknown position gets its sampled token, also those that stay unknown. gumbel(stream,
-// index) = -log(-log(u)), u = uniform_open of lane index % 4 of philox4x32(philox_counter(index,
-// step, stream), seed's low word, seed's high word).
+// index) = -log(-log(u)), u = uniform_open of word index. Word i of a stream is lane i % 4 of
+// philox4x32(philox_counter(i, step, stream), seed's low word, seed's high word).
+//
+// Weights are float32; sums of at most 64 of them too, and what is summed of those is float64: so a
+// value of probability 1e-12 is drawn as rarely as it should be.
 #pragma once
 
 #include <cstdint>
@@ -27,15 +32,13 @@ namespace magvit_fast {
 
 constexpr int kConfidenceRemaskMaxGroups = 8;
 constexpr std::uint32_t kValueStream = 0, kChoiceStream = 1;
-// Extremes of the float32 Gumbel numbers: u lies in [2^-24, 1 - 2^-24].
-constexpr float kGumbelMin = -2.8115f, kGumbelMax = 16.6356f;
 
 struct ConfidenceRemaskParams {
   const void* logits;               // [batch, length, groups, 2**bits]
   const std::int64_t* tokens;       // [batch, length]
   const std::uint8_t* unknown;      // [batch, length]
   const std::int64_t* num_unknown;  // [batch]; below 0 counts as 0
-  const float* value_noise;         // [batch, length, groups, 2**bits] or null: Philox stream 0
+  const float* value_noise;         // [batch, length, groups, 2**bits] or null: drawn
   const float* choice_noise;        // [batch, length] or null: Philox stream 1
   std::int64_t* new_tokens;         // [batch, length]; -1 where the logits are bad
   std::uint8_t* new_unknown;        // [batch, length], 0 or 1

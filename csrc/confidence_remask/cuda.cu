@@ -3,8 +3,9 @@
 // Next hop: none.
 //
 // Sampling: one warp a position, its sub-tokens one after the other; a lane takes four neighboring
-// values at a time (one Philox block). A row is read twice, the second time from cache: its
-// maximum, then the softmax sum and the Gumbel race in one go. Known positions read nothing.
+// values at a time. A row is read twice, the second time from cache: its maximum, then its weights,
+// whose running sum decides; at most a 32nd of it (128 values at least) a third time. One exp a
+// value and one random number a row. Known positions read nothing.
 // Ranking: one block a clip selects the num_unknown-th smallest key by radix, 8 bits a pass from
 // the top; the histogram counts in integers, so its order of additions does not matter. Traffic:
 // the logits of unknown positions once (21 MB at 8 x 1280 x 2 x 512 bfloat16). Limits: 2^31 - 1
@@ -35,6 +36,94 @@ __device__ __forceinline__ std::uint32_t lane_of(const Philox4& block, unsigned 
   return lane < 2 ? (lane == 0 ? block.x[0] : block.x[1]) : (lane == 2 ? block.x[2] : block.x[3]);
 }
 
+constexpr int kChunk = 4 * kWarpSize;  // neighboring values that a warp takes at a time
+
+// Sums over this lane and those before it.
+__device__ __forceinline__ double sum_through(double x) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const double other = __shfl_up_sync(kAllLanes, x, offset);
+    if (lane >= offset) x += other;
+  }
+  return x;
+}
+
+// What a warp reads of a row: a lane's four values of the chunk at `base`, less the largest, or
+// -infinity.
+template <class T>
+struct Row {
+  const T* values;
+  int count;
+  float top;
+
+  __device__ __forceinline__ float gap(int v) const {
+    return v < count ? static_cast<float>(values[v]) - top : -INFINITY;
+  }
+};
+
+// The first value whose running sum of weights exp(gap / temperature) exceeds u times the sum of
+// all. A lane keeps the sum of one group of chunks; then the group that passes is read again.
+// `total` is the sum of exp(gap).
+template <class T>
+__device__ int choose(const Row<T>& row, float temperature, double u, float* total) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int chunks = ceil_div(row.count, kChunk), group = ceil_div(chunks, kWarpSize) * kChunk;
+  double mine = 0.0;
+  float plain = 0.0f;
+  for (int g = 0; g * group < row.count; ++g) {
+    double sum = 0.0;
+    for (int v = g * group + lane * 4; v < (g + 1) * group && v < row.count; v += kChunk) {
+      float four = 0.0f;
+      for (int j = 0; j < 4; ++j) {
+        const float gap = row.gap(v + j), weight = expf(gap);
+        plain += weight;
+        four += temperature == 1.0f ? weight : expf(gap / temperature);
+      }
+      sum += static_cast<double>(four);
+    }
+    sum = warp_sum(sum);
+    if (lane == g) mine = sum;
+  }
+  *total = warp_sum(plain);
+
+  const double through = sum_through(mine);
+  double target = u * __shfl_sync(kAllLanes, through, kWarpSize - 1);
+  unsigned passed = __ballot_sync(kAllLanes, through > target);
+  if (passed == 0) {  // rounding: the last value with a weight
+    const unsigned some = __ballot_sync(kAllLanes, mine > 0.0);
+    passed = some == 0 ? 1u : 0x80000000u >> __clz(static_cast<int>(some));
+    target = INFINITY;
+  }
+  const int chosen = __ffs(static_cast<int>(passed)) - 1;
+  double before = __shfl_sync(kAllLanes, through - mine, chosen);
+  int last = 0;  // value with a weight
+  for (int base = chosen * group; base < (chosen + 1) * group && base < row.count; base += kChunk) {
+    const int v = base + lane * 4;
+    float weights[4];
+    double sum = 0.0;
+    for (int j = 0; j < 4; ++j) {
+      weights[j] = expf(row.gap(v + j) / temperature);
+      if (weights[j] > 0.0f) last = v + j;
+      sum += static_cast<double>(weights[j]);
+    }
+    const double reached = before + sum_through(sum);
+    const unsigned owners = __ballot_sync(kAllLanes, reached > target);
+    if (owners != 0) {
+      const int owner = __ffs(static_cast<int>(owners)) - 1;
+      double at = reached - sum;
+      int value = v;
+      for (int j = 0; j < 4; ++j) {
+        if (weights[j] > 0.0f) value = v + j;
+        at += static_cast<double>(weights[j]);
+        if (at > target) break;
+      }
+      return __shfl_sync(kAllLanes, value, owner);
+    }
+    before = __shfl_sync(kAllLanes, reached, kWarpSize - 1);
+  }
+  return warp_max(last);
+}
+
 struct Best {
   float score;
   int value;
@@ -45,52 +134,61 @@ struct Best {
   }
 };
 
+// The largest of gap / temperature + noise, or of the gaps alone; false if there is a NaN.
+template <class T>
+__device__ bool best_score(const Row<T>& row, const float* noise, float temperature, int* value,
+                           float* total) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  Best best{-INFINITY, row.count};
+  float sum = 0.0f;
+  bool bad = false;
+  for (int v = lane; v < row.count; v += kWarpSize) {
+    const float gap = row.gap(v);
+    sum += expf(gap);
+    const float score = noise != nullptr ? gap / temperature + noise[v] : gap;
+    bad = bad || score != score;
+    best.meet(score, v);
+  }
+  *total = warp_sum(sum);
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const float score = __shfl_xor_sync(kAllLanes, best.score, offset);
+    const int other = __shfl_xor_sync(kAllLanes, best.value, offset);
+    best.meet(score, other);
+  }
+  *value = best.value;
+  return __any_sync(kAllLanes, bad) == 0;
+}
+
 // One row of 2**bits logits, by a warp: the sampled value and its log probability; false if bad.
 template <class T>
-__device__ bool sample_row(const ConfidenceRemaskParams& p, const T* row, index_t first,
-                           int* picked, float* log_prob) {
+__device__ bool sample_row(const ConfidenceRemaskParams& p, index_t row_index, int* picked,
+                           float* log_prob) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int count = 1 << p.bits;
+  const index_t first = row_index << p.bits;
+  Row<T> row{static_cast<const T*>(p.logits) + first, 1 << p.bits, 0.0f};
   float top = -INFINITY;
   bool bad = false;
-  for (int v = lane; v < count; v += kWarpSize) {
-    const float x = static_cast<float>(row[v]);
+  for (int v = lane; v < row.count; v += kWarpSize) {
+    const float x = static_cast<float>(row.values[v]);
     bad = bad || x != x;
     top = x > top ? x : top;
   }
-  top = warp_max(top);
-  bad = bad || top == INFINITY || top == -INFINITY;
+  row.top = warp_max(top);
+  bad = bad || row.top == INFINITY || row.top == -INFINITY;
   if (__any_sync(kAllLanes, bad)) return false;
 
-  Best best{-INFINITY, count};
   float total = 0.0f;
-  for (int v = lane * 4; v < count; v += kWarpSize * 4) {
-    const std::uint64_t index = static_cast<std::uint64_t>(first + v);
-    Philox4 block{};
-    if (p.temperature > 0.0f && p.value_noise == nullptr) block = draw(p, index, kValueStream);
-    for (int j = 0; j < 4 && v + j < count; ++j) {  // rows below four values lie within one block
-      const float x = static_cast<float>(row[v + j]) - top;
-      total += expf(x);
-      float score = x;
-      if (p.temperature > 0.0f) {
-        const float noise = p.value_noise != nullptr
-                                ? p.value_noise[first + v + j]
-                                : gumbel(lane_of(block, static_cast<unsigned>((index & 3) + j)));
-        score = x / p.temperature + noise;
-        bad = bad || noise != noise;
-      }
-      best.meet(score, v + j);
-    }
+  if (p.temperature > 0.0f && p.value_noise == nullptr) {
+    const auto word = static_cast<std::uint64_t>(2 * row_index);
+    const Philox4 words = draw(p, word, kValueStream);
+    const bool late = (word & 2) != 0;
+    const double u = uniform_wide(late ? words.x[2] : words.x[0], late ? words.x[3] : words.x[1]);
+    *picked = choose(row, p.temperature, u, &total);
+  } else {
+    const float* noise = p.temperature > 0.0f ? p.value_noise + first : nullptr;
+    if (!best_score(row, noise, p.temperature, picked, &total)) return false;
   }
-  if (__any_sync(kAllLanes, bad)) return false;
-  total = warp_sum(total);
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const float score = __shfl_xor_sync(kAllLanes, best.score, offset);
-    const int value = __shfl_xor_sync(kAllLanes, best.value, offset);
-    best.meet(score, value);
-  }
-  *picked = best.value;
-  *log_prob = static_cast<float>(row[best.value]) - top - logf(total);
+  *log_prob = row.gap(*picked) - logf(total);
   return true;
 }
 
@@ -108,10 +206,9 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(ConfidenceRemask
   std::int64_t token = 0;
   float confidence = 0.0f;
   for (int g = 0; g < p.groups && good; ++g) {
-    const index_t first = (position * p.groups + g) << p.bits;
     int value = 0;
     float log_prob = 0.0f;
-    good = sample_row(p, static_cast<const T*>(p.logits) + first, first, &value, &log_prob);
+    good = sample_row<T>(p, position * p.groups + g, &value, &log_prob);
     token |= static_cast<std::int64_t>(value) << (g * p.bits);
     confidence += log_prob;
   }

@@ -2,16 +2,17 @@
 // Previous hop: cpu.cpp.
 // Next hop: none.
 //
-// argmax(logit/T + Gumbel) is a race: the value with the smallest E / w wins, E = -log(u) and
-// w = exp((logit - max)/T). At T = 1 the w are the terms of the softmax anyway, so that a value
-// costs one exp and its share of a Philox block. The logarithm is taken for few: since E >= 1 - u,
-// only a value with 1 - u < w * limit can win where the best ratio is known to be below `limit`;
-// and the best ratio is exponentially distributed with rate sum(w), so that limit = kLikely /
-// sum(w) holds for 19 rows of 20. The others are looked through again with a larger one.
-// Ladder, cycles for 16 values of 2 x 512 (Zen 4): logarithm wherever 1 - u < w * best 81; limit
-// from the sum 61; two Philox streams 50; exp without guards, the next row fetched ahead 45.
+// A value is drawn by its place in the running sum of the weights exp((logit - max) / T), which at
+// T = 1 are the terms of the softmax anyway: one random number a row, one exp a value. Blocks of
+// weights are summed first, then the block that holds the place is gone through again.
+//
+// Floor, instructions of 512 bits for 16 values: exp 10, its difference and sum 2, the largest
+// logit 2; those of exp share one unit, 9 cycles. Ladder, cycles for 16 values of 2 x 512 (Zen 4):
+// a Gumbel number a value, its logarithm only where it may win, 81 to 45 (Philox 15 and more); one
+// number a row 27; rows in whole blocks, four chains of exp and of sums side by side 22. The rest
+// is 300 cycles a row: a chain from the largest logit to the value that nothing of the next row
+// fills.
 #include "common/simd_math.h"
-#include "common/simd_philox.h"
 #include "confidence_remask/confidence_remask.h"
 
 namespace magvit_fast {
@@ -19,15 +20,8 @@ namespace MF_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-
-// kLanes values from p, of which `rest` exist; the missing ones are -infinity and never win.
-template <class T>
-inline vf load_padded(const T* p, index_t rest) {
-  if (rest >= kLanes) return load(p);
-  vf v = splat(-kInfinity);
-  for (int i = 0; i < rest; ++i) v[i] = to_float(p[i]);
-  return v;
-}
+constexpr index_t kBlock = 64,
+                  kMostBlocks = 512;  // values; rows are whole blocks (shorter: padded)
 
 struct Pick {
   index_t value;
@@ -40,24 +34,68 @@ template <class T>
 float row_max(const T* row, index_t count, bool* good) {
   vf best[4];
   for (int i = 0; i < 4; ++i) best[i] = splat(-kInfinity);
-  index_t v = 0;
-  for (; v + 4 * kLanes <= count; v += 4 * kLanes)
+  for (index_t v = 0; v < count; v += 4 * kLanes)
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) best[i] = max(load(row + v + i * kLanes), best[i]);
-  for (; v < count; v += kLanes) best[0] = max(load_padded(row + v, count - v), best[0]);
   const float top = max_lanes(max(max(best[0], best[1]), max(best[2], best[3])));
   *good = top < kInfinity && top > -kInfinity;
   return top;
 }
 
-template <class T>
-float row_exp_sum(const T* row, index_t count, float top) {
-  vf sum = {};
-  for (index_t v = 0; v < count; v += kLanes) sum += exp(load_padded(row + v, count - v) - top);
-  return sum_lanes(sum);
+// Sums of `kCount` neighboring blocks of weights; weights.four(v, w) gives those of v to v + 4
+// kLanes - 1. Step by step over all of them: one chain after the other would wait for itself.
+template <int kCount, class Weights>
+inline void sum_blocks(index_t begin, const Weights& weights, float* out) {
+  vf sums[kCount];
+#pragma GCC unroll 4
+  for (int b = 0; b < kCount; ++b) {
+    vf sum = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock / kLanes; i += 4) {
+      vf w[4];
+      weights.four(begin + b * kBlock + i * kLanes, w);
+      sum += (w[0] + w[1]) + (w[2] + w[3]);
+    }
+    sums[b] = sum;
+  }
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int b = 0; b < kCount; ++b)
+      sums[b] += __builtin_shuffle(sums[b], (lane + half) & (kLanes - 1));
+#pragma GCC unroll 4
+  for (int b = 0; b < kCount; ++b) out[b] = sums[b][0];
 }
 
-inline float min_of(float a, float b) { return a < b ? a : b; }
+// exp((x - top) / T) of a row.
+template <class T, bool kTempered>
+struct Weights {
+  const T* row;
+  float top, temperature;
+
+  inline void four(index_t v, vf w[4]) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      w[i] = load(row + v + i * kLanes) - top;
+      if constexpr (kTempered) w[i] /= temperature;
+    }
+    quick_exp<4>(w);
+  }
+};
+
+template <class T>
+double row_exp_sum(const T* row, index_t count, float top) {
+  const Weights<T, false> weights{row, top, 1.0f};
+  double all = 0.0;
+  for (index_t v = 0; v < count; v += kBlock) {
+    float sum;
+    sum_blocks<1>(v, weights, &sum);
+    all += sum;
+  }
+  return all;
+}
 
 // The first index of the largest score; score(v) gives kLanes of them.
 template <class Score>
@@ -82,182 +120,155 @@ index_t argmax(index_t count, bool* good, const Score& score) {
   return first;
 }
 
-constexpr index_t kWord = 64, kChunk = 512;  // values of a word of flags; values raced at a time
-constexpr float kLikely = 3.0f;              // exp(-kLikely) of the rows need a larger limit
-
-// What is raced: weights, the top 23 bits of the random words, and a flag for who may win.
-struct Field {
-  float weights[kChunk];
-  std::int32_t bits[kChunk];
-  std::uint64_t able[kChunk / kWord];
-
-  // Flags of up to 64 values from `base` on: 1 - u < w * limit, times 2^23 and with room for
-  // rounding.
-  inline void mark(index_t base, index_t count, float limit) {
-    const vf scaled = splat(limit * 8388608.0f), all = splat(8388608.0f - 2.0f);
-    std::uint64_t flags = 0;
-    for (index_t v = 0; v < count; v += kLanes) {
-      const vf k = __builtin_convertvector(load_as<vi>(bits + base + v), vf);
-      const vi can = k > all - load(weights + base + v) * scaled;
-      flags |= static_cast<std::uint64_t>(lane_bits(can)) << v;
+// The first value from `begin` on whose running sum, `before` at the start, exceeds `target`; where
+// rounding leaves none, the last one with a weight.
+template <class Weights>
+index_t pass_target(index_t begin, index_t end, double before, double target,
+                    const Weights& weights) {
+  index_t last = begin;
+  for (index_t v = begin; v < end; v += 4 * kLanes) {
+    vf w[4];
+    weights.four(v, w);
+    float each[4 * kLanes];
+    for (int i = 0; i < 4; ++i) store(each + i * kLanes, w[i]);
+    for (int i = 0; i < 4 * kLanes; ++i) {
+      before += each[i];
+      if (before > target) return v + i;
+      if (each[i] > 0.0f) last = v + i;
     }
-    able[base / kWord] = flags;
   }
-};
-
-// Draws the bits of the elements from `first` on and marks those that may beat `limit`; `count` is
-// a power of two.
-template <class T>
-inline void draw(const ConfidenceRemaskParams& p, const PhiloxKeys& keys, std::uint64_t first,
-                 index_t count, float limit, const T* next, Field* field) {
-  if (count < kPhiloxDraws) {     // may begin inside a counter
-    store_as(field->bits, vi{});  // also of the lanes beyond a row shorter than a vector
-    for (index_t i = 0; i < count; ++i) {
-      const std::uint64_t index = first + static_cast<std::uint64_t>(i);
-      const Philox4 words = philox4x32(philox_counter(index, p.step, kValueStream),
-                                       static_cast<std::uint32_t>(keys.first[0]),
-                                       static_cast<std::uint32_t>(keys.second[0]));
-      field->bits[i] = static_cast<std::int32_t>(words.x[index & 3] >> 9);
-    }
-    return field->mark(0, count, limit);
-  }
-  const PhiloxStart start(keys, first, p.step, kValueStream);
-  const index_t unit = count < kWord ? count : kWord;
-  for (index_t base = 0; base < count; base += unit) {
-    for (index_t v = base; v < base + unit; v += kPhiloxDraws) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) __builtin_prefetch(next + v + i * kLanes);
-      vu words[4];
-      philox_draws(keys, start, first + static_cast<std::uint64_t>(v), words);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store_as(field->bits + v + i * kLanes, words[i] >> 9);
-    }
-    field->mark(base, unit, limit);
-  }
+  return last;
 }
 
-struct Race {
-  float best = 3.0e38f;  // the smallest E / w so far
-  index_t winner = 0;
-
-  // Up to kLanes candidates: weights and bits, of the values `value`. Those of weight 0 lose.
-  inline void enter(const float* weights, const std::int32_t* bits, const index_t* value) {
-    const vf u = (__builtin_convertvector(load_as<vi>(bits), vf) + 0.5f) * 1.1920928955078125e-7f;
-    const vf ratio = -log(u) / load(weights);
-    const float least = min_lanes(ratio);
-    if (!(least < best)) return;
-    best = least;
-    winner = value[__builtin_ctz(lane_bits(ratio == least))];  // the first of equals
+// The same for one block, without branches that depend on the draw: where the sum passes is a coin
+// that no predictor guesses.
+template <class Weights>
+inline index_t pass_in_block(index_t begin, double before, double target, const Weights& weights) {
+  constexpr int kPart = 8, kParts = kBlock / kPart;
+  float each[kBlock];
+#pragma GCC unroll 4
+  for (int v = 0; v < kBlock; v += 4 * kLanes) {
+    vf w[4];
+    weights.four(begin + v, w);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store(each + v + i * kLanes, w[i]);
   }
+  double through[kParts + 1];
+  through[0] = before;
+  int part = 0;
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; ++i) {
+    const float* w = each + i * kPart;
+    through[i + 1] =
+        through[i] + (((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7])));
+    part += through[i + 1] <= target;
+  }
+  int place = 0;
+  if (part < kParts) {
+    double sum = through[part];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPart; ++i) {
+      sum += each[part * kPart + i];
+      place += sum <= target;
+    }
+    if (place < kPart) [[likely]]
+      return begin + part * kPart + place;
+  }
+  return pass_target(begin, begin + kBlock, before, target, weights);
+}
 
-  // The marked values of a field, in order; they are `from` values into the row.
-  inline void run(const Field& field, index_t count, index_t from) {
-    float weights[kLanes] = {};
-    std::int32_t bits[kLanes] = {};
-    index_t value[kLanes];
-    int entered = 0;
-    unsigned words = 0;
-    for (index_t w = 0; w < ceil_div(count, kWord); ++w) words |= (field.able[w] ? 1u : 0u) << w;
-    for (; words; words &= words - 1) {
-      const index_t word = __builtin_ctz(words);
-      for (std::uint64_t able = field.able[word]; able; able &= able - 1) {
-        const index_t v = word * kWord + __builtin_ctzll(able);
-        weights[entered] = field.weights[v];
-        bits[entered] = field.bits[v];
-        value[entered] = from + v;
-        if (++entered == kLanes) {
-          enter(weights, bits, value);
-          entered = 0;
-        }
+// The value at share `u` of the sum of all weights, which goes to `total`.
+template <class Weights>
+index_t choose(index_t count, double u, const Weights& weights, double* total) {
+  const index_t size = count > kBlock * kMostBlocks ? count / kMostBlocks : kBlock;
+  const index_t blocks = count / size;
+  double through[kMostBlocks + 1];
+  through[0] = 0.0;
+  if (size == kBlock && blocks % 4 == 0) {
+    for (index_t b = 0; b < blocks; b += 4) {
+      float sums[4];
+      sum_blocks<4>(b * kBlock, weights, sums);
+      for (int i = 0; i < 4; ++i) through[b + i + 1] = through[b + i] + sums[i];
+    }
+  } else {
+    for (index_t b = 0; b < blocks; ++b) {
+      through[b + 1] = through[b];
+      for (index_t v = b * size; v < (b + 1) * size; v += kBlock) {
+        float sum;
+        sum_blocks<1>(v, weights, &sum);
+        through[b + 1] += sum;
       }
     }
-    for (int i = entered; i < kLanes; ++i) weights[i] = 0.0f;
-    enter(weights, bits, value);
   }
-};
-
-// Weights exp((x - top) / T) of a chunk, padded with zeros to a vector; their sum.
-template <bool kTempered, class T>
-float weigh(const T* row, index_t count, float top, float temperature, float* weights) {
-  vf sums[2] = {};
-  const auto put = [&](index_t v, vf x) {
-    vf gap = x - top;
-    if constexpr (kTempered) gap /= temperature;
-    const vf w = quick_exp(gap);
-    store(weights + v, w);
-    return w;
-  };
-  index_t v = 0;
-  for (; v + 2 * kLanes <= count; v += 2 * kLanes) {
-    sums[0] += put(v, load(row + v));
-    sums[1] += put(v + kLanes, load(row + v + kLanes));
-  }
-  for (; v < count; v += kLanes) sums[0] += put(v, load_padded(row + v, count - v));
-  return sum_lanes(sums[0] + sums[1]);
+  *total = through[blocks];
+  const double target = u * *total;
+  index_t block = 0;
+  for (index_t b = 1; b <= blocks; ++b) block += through[b] <= target;
+  if (block == blocks) return pass_target(0, count, 0.0, target, weights);  // u * total = total
+  const double before = through[block];
+  if (size == kBlock) return pass_in_block(block * size, before, target, weights);
+  return pass_target(block * size, (block + 1) * size, before, target, weights);
 }
 
-// A value drawn by the race, and the sum of exp(x - top).
+// A value drawn at `temperature`, and the sum of exp(x - top).
 template <class T>
-index_t race_row(const ConfidenceRemaskParams& p, const PhiloxKeys& keys, const T* row, float top,
-                 std::uint64_t first, float* total) {
-  Field field;
-  const index_t count = index_t{1} << p.bits, chunk = count < kChunk ? count : kChunk;
-  Race race;
-  for (index_t v = 0; v < count; v += chunk) {
-    float sum = weigh<false>(row + v, chunk, top, 1.0f, field.weights);
-    *total += sum;
-    if (p.temperature != 1.0f) sum = weigh<true>(row + v, chunk, top, p.temperature, field.weights);
-    const float before = race.best;
-    float limit = min_of(kLikely / sum, before);
-    draw(p, keys, first + static_cast<std::uint64_t>(v), chunk, limit, row + v + chunk, &field);
-    race.run(field, chunk, v);
-    while (limit < before && !(race.best <= limit)) {
-      limit = min_of(4.0f * limit, before);
-      for (index_t base = 0; base < chunk; base += kWord)
-        field.mark(base, chunk - base < kWord ? chunk - base : kWord, limit);
-      race.run(field, chunk, v);
-    }
-  }
-  return race.winner;
+index_t draw(const T* row, index_t count, float temperature, float top, double u, double* total) {
+  if (temperature == 1.0f) return choose(count, u, Weights<T, false>{row, top, 1.0f}, total);
+  double tempered;
+  *total = row_exp_sum(row, count, top);
+  return choose(count, u, Weights<T, true>{row, top, temperature}, &tempered);
 }
 
+// `noise` or null: drawn by u.
 template <class T>
-Pick sample_row(const ConfidenceRemaskParams& p, const PhiloxKeys& keys, const T* row,
-                std::uint64_t first) {
-  const index_t count = index_t{1} << p.bits;
+Pick sample_blocks(const T* row, const float* noise, index_t count, float temperature, double u) {
   Pick pick{0, 0.0f, true};
   const float top = row_max(row, count, &pick.good);
   if (!pick.good) return pick;
-  float total = 0.0f;
-  if (p.temperature > 0.0f && !p.value_noise) {
-    pick.value = race_row(p, keys, row, top, first, &total);
+  double total = 0.0;
+  if (temperature > 0.0f && !noise) {
+    pick.value = draw(row, count, temperature, top, u, &total);
   } else {
-    const float* noise = p.value_noise + first;
-    if (p.temperature > 0.0f)
-      pick.value = argmax(count, &pick.good, [&](index_t v) {
-        return load_padded(row + v, count - v) / p.temperature + load_padded(noise + v, count - v);
-      });
+    if (temperature > 0.0f)
+      pick.value = argmax(count, &pick.good,
+                          [&](index_t v) { return load(row + v) / temperature + load(noise + v); });
     else
-      pick.value =
-          argmax(count, &pick.good, [&](index_t v) { return load_padded(row + v, count - v); });
+      pick.value = argmax(count, &pick.good, [&](index_t v) { return load(row + v); });
     if (!pick.good) return pick;
     total = row_exp_sum(row, count, top);
   }
   pick.good = total == total;  // else a logit is NaN
-  pick.log_prob = to_float(row[pick.value]) - top - log(splat(total))[0];
+  pick.log_prob = to_float(row[pick.value]) - top - log(splat(static_cast<float>(total)))[0];
   return pick;
+}
+
+template <class T>
+Pick sample_row(const ConfidenceRemaskParams& p, index_t row, double u) {
+  const index_t count = index_t{1} << p.bits;
+  const T* logits = static_cast<const T*>(p.logits) + (row << p.bits);
+  const float* noise = p.value_noise ? p.value_noise + (row << p.bits) : nullptr;
+  if (count >= kBlock) return sample_blocks(logits, noise, count, p.temperature, u);
+  float values[kBlock], more[kBlock] = {};
+  for (index_t v = 0; v < kBlock; ++v) values[v] = v < count ? to_float(logits[v]) : -kInfinity;
+  for (index_t v = 0; noise && v < count; ++v) more[v] = noise[v];
+  return sample_blocks(values, noise ? more : nullptr, kBlock, p.temperature, u);
 }
 
 template <class T>
 bool sample(const ConfidenceRemaskParams& p, index_t position, std::int64_t* token,
             float* log_prob) {
-  const PhiloxKeys keys(p.seed);
+  Philox4 words{};
   std::int64_t packed = 0;
   float sum = 0.0f;
   for (int g = 0; g < p.groups; ++g) {
-    const index_t first = (position * p.groups + g) << p.bits;
-    const Pick pick = sample_row(p, keys, static_cast<const T*>(p.logits) + first,
-                                 static_cast<std::uint64_t>(first));
+    const index_t row = position * p.groups + g;
+    const auto word = static_cast<std::uint64_t>(2 * row);  // two rows share a counter
+    if (g == 0 || row % 2 == 0)
+      words =
+          philox4x32(philox_counter(word, p.step, kValueStream), static_cast<std::uint32_t>(p.seed),
+                     static_cast<std::uint32_t>(p.seed >> 32));
+    const double u = uniform_wide(words.x[word & 3], words.x[(word & 3) + 1]);
+    const Pick pick = sample_row<T>(p, row, u);
     if (!pick.good) return false;
     packed |= static_cast<std::int64_t>(pick.value) << (g * p.bits);
     sum += pick.log_prob;

@@ -89,6 +89,44 @@ def test_samples_follow_the_softmax(impl: str) -> None:
         assert bool((deviation[expected > 0].abs() < 4.5).all()), deviation
 
 
+@pytest.mark.parametrize("values", [64, 2**17])  # one block; more blocks than are remembered
+def test_rare_and_forbidden_values(values: int, isa_level: str) -> None:
+    """Where u falls by hand: kernel and reference find the same value, never one without a weight."""
+    logits = torch.full((1, 40, 1, values), -torch.inf)
+    logits[..., values // 2] = 0.0
+    logits[..., 5] = -18.0  # 1.5e-8: below the rounding of a float32 sum
+    logits[..., values - 2] = -18.0
+    tokens, unknown = torch.zeros(1, 40, dtype=torch.int64), torch.ones(1, 40).bool()
+    seen = set()
+    for seed in range(3):
+        for temperature in (1.0, 9.0):
+            both = [
+                mf.confidence_remask(
+                    logits,
+                    tokens,
+                    unknown,
+                    num_unknown=0,
+                    seed=seed,
+                    temperature=temperature,
+                    impl=impl,
+                )[0]
+                for impl in ("native", "reference")
+            ]
+            assert_equal(both[0], both[1])
+            seen |= set(both[0].flatten().tolist())
+    assert seen == {5, values // 2, values - 2}  # at temperature 9 each has a share
+
+
+def test_uniform_numbers() -> None:
+    u = module.uniform(torch.arange(20000), 3, 0, 11)
+    assert 0 < float(u.min()) < 1e-3
+    assert 1 - 1e-3 < float(u.max()) < 1
+    assert abs(float(u.mean()) - 0.5) < 0.01
+    assert u.unique().numel() == 20000
+    words = [int(module.philox_words(torch.tensor([i]), 3, 0, 11)) for i in (8, 9)]
+    assert float(u[4]) == (((words[0] << 20) | (words[1] >> 12)) + 0.5) / 2**52
+
+
 @given(
     batch=st.integers(0, 3), length=st.integers(0, 30), share=st.floats(0, 1), seed=st.integers(0, 99),
     choice=st.sampled_from([0.0, 4.5]), ties=st.booleans(), count=st.integers(0, 35),

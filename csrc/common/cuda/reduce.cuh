@@ -17,9 +17,10 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-__device__ __forceinline__ float warp_max(float value) {
+template <class T>
+__device__ __forceinline__ T warp_max(T value) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, value, offset);
+    const T other = __shfl_xor_sync(kAllLanes, value, offset);
     value = other > value ? other : value;
   }
   return value;

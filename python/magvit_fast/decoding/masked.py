@@ -23,7 +23,7 @@ from magvit_fast.decoding.confidence import (
 )
 from magvit_fast.decoding.schedules import Guidance, unknown_counts
 from magvit_fast.ops._checks import check_int, check_number
-from magvit_fast.ops.confidence_remask import VALUE_STREAM, gumbel
+from magvit_fast.ops.confidence_remask import draw_values
 
 # (tokens int64 [B, N], mask bool [B, N]) -> logits [B, N, G, V]
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -171,14 +171,14 @@ def _step_noise(
     """
     if not (settings.top_k or settings.top_p) or settings.temperature == 0:
         return noise  # the most likely value is in every cut
-    if noise is None:
-        # the numbers that the op would draw
-        values = torch.arange(logits.numel(), device=logits.device).view(logits.shape)
-        noise = (
-            gumbel(values, step, VALUE_STREAM, settings.seed),
-            choice_noise(logits.shape[:2], logits.device, settings.seed, step),
-        )
-    return cut_noise(noise[0], logits.float(), settings.top_k, settings.top_p), noise[1]
+    if noise is not None:
+        return cut_noise(noise[0], logits.float(), settings.top_k, settings.top_p), noise[1]
+    # What the op would draw without the others, as noise that lets nothing else win.
+    likely = likely_values(logits.float(), settings.top_k, settings.top_p)
+    scores = logits.float().masked_fill(~likely, -torch.inf) / settings.temperature
+    picks = draw_values(scores, step, settings.seed).unsqueeze(-1)
+    values = torch.full_like(scores, _NEVER).scatter_(-1, picks, 0.0)
+    return values, choice_noise(logits.shape[:2], logits.device, settings.seed, step)
 
 
 def cut_noise(noise: Tensor, logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -13,15 +13,16 @@ from magvit_fast.ops import _checks
 
 # --- contract ---------------------------------------------------------------------------------
 # logits [B, N, G, V], tokens int64 [B, N] packed (sub-token g at bits g*log2(V)), unknown bool [B, N].
-# For each unknown position and sub-token, all in float32:
-#   value = argmax_v (logit / temperature + gumbel(0, ((b*N + n)*G + g)*V + v)), the first of equals;
-#           temperature 0: argmax of the logits
+# For each unknown position and sub-token, logits in float32, w_v = exp((logit_v - max) / temperature):
+#   value = the first v with w_0 + ... + w_v > u * (sum of all w), u = uniform(0, (b*N + n)*G + g); sums in float64.
+#           noise given: argmax_v (logit / temperature + noise); temperature 0: argmax of the logits; ties: the first
 #   log p = log_softmax(logits)[value]                                     (temperature 1)
 # confidence = sum over g of log p + choice_temperature * gumbel(1, b*N + n).
 # The num_unknown[b] least confident stay unknown (of equals the lower position), all if they are fewer.
 # Every unknown position gets its sampled token, those that stay unknown too; known positions keep theirs.
-# gumbel(stream, index) = -log(-log(u)), u = (k + 1/2) * 2**-23, k the top 23 bits of word index % 4 of
-# Philox4x32-10 with counter (index // 4 low, high, step, stream) and key (seed low, high).
+# Word i of a stream is word i % 4 of Philox4x32-10 with counter (i // 4 low, high, step, stream) and key (seed low,
+# high). gumbel(stream, i) = -log(-log((k + 1/2) * 2**-23)), k the top 23 bits of word i; uniform(stream, i) =
+# (k + 1/2) * 2**-52, k the 52 bits of word 2 i and the top of word 2 i + 1.
 # A NaN, a +inf, or no finite logit in a sub-token of an unknown position is an error: a ValueError where that
 # can be known without waiting for a device, and the token -1 there in any case.
 
@@ -63,6 +64,23 @@ def gumbel(index: Tensor, step: int, stream: int, seed: int) -> Tensor:
     return -torch.log(-torch.log(u))
 
 
+def uniform(index: Tensor, step: int, stream: int, seed: int) -> Tensor:
+    """Numbers in (0, 1), float64, of the elements `index` (int64)."""
+    high = philox_words(2 * index, step, stream, seed) << 20
+    low = philox_words(2 * index + 1, step, stream, seed) >> 12
+    return ((high + low).double() + 0.5) * 2.0**-52
+
+
+def draw_values(scores: Tensor, step: int, seed: int) -> Tensor:
+    """Values [B, N, G] drawn from the softmax of scores [B, N, G, V]: those of the op, its scores given."""
+    rows = torch.arange(scores[..., 0].numel(), device=scores.device).view(*scores.shape[:-1], 1)
+    u = uniform(rows, step, VALUE_STREAM, seed)
+    through = (scores - scores.amax(-1, keepdim=True)).exp().double().cumsum(-1)
+    whole = through[..., -1:]
+    last = (through < whole).sum(-1)  # the last value with a weight, where rounding makes u 1
+    return torch.minimum((through <= u * whole).sum(-1), last)
+
+
 def reference(
     logits: Tensor,
     tokens: Tensor,
@@ -80,12 +98,12 @@ def reference(
     x = logits if logits.dtype == torch.float64 else logits.float()
     device = x.device
     scores = x
-    if temperature > 0:
-        if value_noise is None:
-            index = torch.arange(x.numel(), device=device).view(x.shape)
-            value_noise = gumbel(index, step, VALUE_STREAM, seed)
-        scores = x / temperature + value_noise
-    picks = scores.argmax(-1)  # [B, N, G]; the first of equals
+    if temperature > 0 and value_noise is None:
+        picks = draw_values(x / temperature, step, seed)  # [B, N, G]
+    else:
+        if temperature > 0 and value_noise is not None:
+            scores = x / temperature + value_noise
+        picks = scores.argmax(-1)  # the first of equals
     confidence = x.log_softmax(-1).gather(-1, picks.unsqueeze(-1)).squeeze(-1).sum(-1)
     if choice_temperature > 0:
         if choice_noise is None:
