@@ -55,9 +55,9 @@ void bind_group_norm_silu(pybind11::module_& m) {
   m.def(
       "group_norm_silu_forward",
       [](const std::vector<index_t>& numbers, double eps, index_t y, index_t stats,
-         index_t workspace, long long where, unsigned long long how) {
+         index_t workspace, bool ready, long long where, unsigned long long how) {
         backend::group_norm_silu_forward(
-            {input(numbers, eps), at<void>(y), at<GroupStats>(stats), at<void>(workspace)},
+            {input(numbers, eps), at<void>(y), at<GroupStats>(stats), at<void>(workspace), ready},
             make_context(where, how));
       },
       no_gil);

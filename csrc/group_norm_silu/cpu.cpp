@@ -196,11 +196,15 @@ void group_norm_silu_forward(const GroupNormSiluForward& params, const ExecConte
   in_two_passes(
       in.spans(), run.plan.slabs_per_span, run.threads,
       [&](index_t slab, int thread) {
+        if (params.ready) return;
         double* to = run.space.moments + slab * in.groups * 2;
         moments(in, run.plan, slab, run.scratch(thread), to);
       },
-      [&](index_t span) { span_stats(in, run.plan, span, run.space.moments, params.stats); },
+      [&](index_t span) {
+        if (!params.ready) span_stats(in, run.plan, span, run.space.moments, params.stats);
+      },
       [&](index_t slab, int thread) {
+        if (params.y == nullptr) return;
         const GroupStats* stats = params.stats + run.span_of(slab) * in.groups;
         apply(in, run.plan, slab, stats, run.scratch(thread), params.y);
       });

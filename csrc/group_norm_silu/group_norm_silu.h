@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/exec_context.h"
+#include "common/group_stats.h"
 #include "common/isa.h"
 #include "common/shape.h"
 
@@ -44,17 +45,12 @@ struct GroupNormSiluInput {
   MF_HOST_DEVICE index_t spans() const { return per_frame ? batch * frames : batch; }
 };
 
-// Mean (as a sum of two floats: the digits below float32 matter where the mean is large) and
-// 1 / sqrt(var + eps) of one group of one span.
-struct GroupStats {
-  float mean, mean_rest, rstd;
-};
-
 struct GroupNormSiluForward {
   GroupNormSiluInput in;
-  void* y;            // as x
+  void* y;            // as x; null: the statistics alone
   GroupStats* stats;  // [spans, groups]
   void* workspace;
+  bool ready;  // the statistics are given
 };
 
 struct GroupNormSiluBackward {

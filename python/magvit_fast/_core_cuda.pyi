@@ -54,6 +54,7 @@ def group_norm_silu_forward(
     y: int,
     stats: int,
     workspace: int,
+    ready: bool,
     where: int,
     how: int,
 ) -> None: ...

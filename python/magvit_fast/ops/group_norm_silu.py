@@ -246,7 +246,7 @@ def _launch(
     if x.numel():
         call = _prepare(source, weight, bias, scale, shift, how, planes)
         core.group_norm_silu_forward(
-            call.numbers, eps, y.data_ptr(), stats.data_ptr(), call.space.data_ptr(), *where
+            call.numbers, eps, y.data_ptr(), stats.data_ptr(), call.space.data_ptr(), False, *where
         )
         _native.finish(x.device)
     return _in_format_of(x, y, planes), stats

@@ -92,6 +92,8 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&u, &x, 4);
   return u;
 }
+inline float __fdividef(float x, float y) { return std::fabs(y) > 0x1p126f ? x * 0.0f : x / y; }
+inline float __expf(float x) { return std::exp2(x * 1.4426950408889634f); }
 inline float __uint_as_float(unsigned u) {
   float x;
   std::memcpy(&x, &u, 4);
