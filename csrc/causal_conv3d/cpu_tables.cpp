@@ -3,6 +3,8 @@
 // Next hop: index_map.h.
 #include "causal_conv3d/cpu_tables.h"
 
+#include "causal_conv3d/cpu_sides.h"
+
 namespace magvit_fast::cpu {
 namespace {
 
@@ -35,7 +37,19 @@ index_t slots_of_tap(const AxisMap& a, Direction direction, index_t k) {
   return most;
 }
 
+void fill_axis(const AxisMap& axis, std::int32_t* table) {
+  for (index_t k = 0; k < axis.kernel; ++k)
+    for (index_t o = 0; o < axis.out; ++o)
+      *table++ = static_cast<std::int32_t>(source_index(axis, o, k));
+}
+
 }  // namespace
+
+index_t most_sources(const AxisMap& a, Direction direction) {
+  index_t count = 0;
+  for (index_t k = 0; k < a.kernel; ++k) count += slots_of_tap(a, direction, k);
+  return count;
+}
 
 AxisGather gather_axis(const AxisMap& a, Direction direction, Workspace& workspace) {
   const index_t count = targets(a, direction);
@@ -58,7 +72,7 @@ WidthGather gather_width(const AxisMap& a, Direction direction, index_t source_c
                          Workspace& workspace) {
   WidthGather g{};
   g.width = targets(a, direction);
-  for (index_t k = 0; k < a.kernel; ++k) g.slots += slots_of_tap(a, direction, k);
+  g.slots = most_sources(a, direction);
   auto* target = workspace.take<std::int32_t>(g.width);
   auto* offset = workspace.take<std::int32_t>(g.slots * g.width);
   auto* slot_tap = workspace.take<std::int32_t>(g.slots);
@@ -97,6 +111,20 @@ WidthGather gather_width(const AxisMap& a, Direction direction, index_t source_c
   g.slot_tap = slot_tap;
   g.tile_first = tile_first;
   return g;
+}
+
+void SourceTables::fill(const AxisMap& of_t, const AxisMap& of_h, const AxisMap& of_w) const {
+  fill_axis(of_t, t);
+  fill_axis(of_h, h);
+  for (index_t q = 0; q < padded_positions(of_w); ++q)
+    w[q] = static_cast<std::int32_t>(source_at(of_w, q - of_w.front));
+}
+
+SourceTables source_tables(const AxisMap& t, const AxisMap& h, const AxisMap& w,
+                           Workspace& workspace) {
+  return {workspace.take<std::int32_t>(t.kernel * t.out),
+          workspace.take<std::int32_t>(h.kernel * h.out),
+          workspace.take<std::int32_t>(padded_positions(w))};
 }
 
 }  // namespace magvit_fast::cpu

@@ -11,8 +11,20 @@ namespace magvit_fast::cpu {
 
 enum class Direction { forward, input_grad };
 
+// At least as many sources as any target gathers along the axis.
+index_t most_sources(const AxisMap& axis, Direction direction);
 AxisGather gather_axis(const AxisMap& axis, Direction direction, Workspace& workspace);
 WidthGather gather_width(const AxisMap& axis, Direction direction, index_t source_channels,
                          Workspace& workspace);
+
+// The weight gradient asks the other way round: what each output reads through each tap.
+struct SourceTables {
+  std::int32_t *t, *h;  // [kernel][out], or -1
+  std::int32_t* w;      // [padded column, from that of output 0 and tap 0 on], or -1
+
+  void fill(const AxisMap& of_t, const AxisMap& of_h, const AxisMap& of_w) const;
+};
+SourceTables source_tables(const AxisMap& t, const AxisMap& h, const AxisMap& w,
+                           Workspace& workspace);
 
 }  // namespace magvit_fast::cpu

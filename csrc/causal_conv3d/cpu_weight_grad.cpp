@@ -5,6 +5,7 @@
 // An item sums over its pixels in a fixed order, and pixels are shared out by the shape alone:
 // results do not depend on threads.
 #include "causal_conv3d/causal_conv3d.h"
+#include "causal_conv3d/cpu_grouped.h"
 #include "causal_conv3d/cpu_sides.h"
 #include "causal_conv3d/cpu_winograd.h"
 #include "causal_conv3d/cpu_winograd_plan.h"
@@ -84,26 +85,10 @@ Cut cut(const Conv3dShape& s, const WeightGradParams& p, const ExecContext& ctx)
   return c;
 }
 
-struct Tables {
-  std::int32_t *t, *h, *w;
-};
-
-Tables take_tables(const Conv3dShape& s, Workspace& workspace) {
-  return {workspace.take<std::int32_t>(s.t.kernel * s.t.out),
-          workspace.take<std::int32_t>(s.h.kernel * s.h.out),
-          workspace.take<std::int32_t>(padded_positions(s.w))};
-}
-
-void fill(const AxisMap& axis, std::int32_t* table) {
-  for (index_t k = 0; k < axis.kernel; ++k)
-    for (index_t o = 0; o < axis.out; ++o)
-      *table++ = static_cast<std::int32_t>(source_index(axis, o, k));
-}
-
 struct Plan {
   WeightGradParams params{};
   Cut cut;
-  Tables tables;
+  SourceTables tables;
   float* sums;    // [item][slice], or of each thread
   float* packed;  // of each thread
   index_t packed_size;
@@ -137,7 +122,7 @@ Plan make_plan(const Sides& sides, const Conv3dWeightGradParams& of, const ExecC
   const index_t width = p.output.width, rows = grad_line_rows(s.dtype, ctx.isa);
   p.block_columns = ceil_div(width, ceil_div(width, kGradPixels));
   p.block_lines = least(kGradPixels / p.block_columns, ceil_div(p.output.height, rows));
-  plan.tables = take_tables(s, workspace);
+  plan.tables = source_tables(s.t, s.h, s.w, workspace);
   p.t_source = plan.tables.t, p.h_source = plan.tables.h, p.w_source = plan.tables.w;
   plan.cut = cut(s, p, ctx);
   const index_t kept = plan.cut.slices > 1 ? plan.cut.items * plan.cut.slices : ctx.num_threads;
@@ -205,6 +190,7 @@ void write(const WeightGradItem& item, const Plan& plan, const Sides& sides, int
 }  // namespace
 
 std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
+  if (grouped_serves(shape, ctx.isa)) return grouped_weight_grad_workspace(shape, ctx);
   if (winograd_serves(shape, ConvOp::weight_grad, ctx.isa))
     return winograd_weight_grad_workspace(shape, ctx);
   Workspace workspace(nullptr);
@@ -215,16 +201,13 @@ std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const 
 
 void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
   if (winograd_serves(p.shape, ConvOp::weight_grad, ctx.isa)) return winograd_weight_grad(p, ctx);
+  if (grouped_serves(p.shape, ctx.isa)) return grouped_weight_grad(p, ctx);
   check(p.shape.w.source * p.shape.in_channels < (index_t{1} << 31),
         "causal_conv3d: a row of x has more than 2^31 elements");
   Workspace workspace(p.workspace);
   const Sides sides(p.shape, ctx.isa);
   const Plan plan = make_plan(sides, p, ctx, workspace);
-  const AxisMap& w = sides.s.w;
-  fill(sides.s.t, plan.tables.t);
-  fill(sides.s.h, plan.tables.h);
-  for (index_t q = 0; q < padded_positions(w); ++q)
-    plan.tables.w[q] = static_cast<std::int32_t>(source_at(w, q - w.front));
+  plan.tables.fill(sides.s.t, sides.s.h, sides.s.w);
 
   const auto kernel = MF_PICK_SIMD(conv3d_weight_grad, ctx.isa);
   const Cut& c = plan.cut;

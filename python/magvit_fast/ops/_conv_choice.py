@@ -13,6 +13,14 @@ from torch import Tensor
 from magvit_fast import _native
 
 _NARROW = 16  # channels; fewer fill no register of a bfloat16 product
+# float32 of a register; below AVX2, where none permutes them, depthwise convolutions alone
+_LANES = {"baseline": 2, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+
+
+def _groups_share_registers(weight: Tensor, groups: int) -> bool:
+    """Groups of few channels have a kernel of their own (csrc/causal_conv3d/grouped.h)."""
+    widest = max(weight.shape[1], weight.shape[0] // groups)
+    return 2 * widest <= _LANES[_native.ISA_LEVELS[_native.isa()]]
 
 
 def torch_is_faster(x: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
@@ -25,7 +33,7 @@ def torch_is_faster(x: Tensor, weight: Tensor, stride: Sequence[int], groups: in
     if x.dtype == torch.bfloat16 and _native.isa() < _native.ISA_LEVELS.index("avx512_bf16"):
         return False  # oneDNN widens there, too
     if groups > 1:
-        return True
+        return not _groups_share_registers(weight, groups)
     if x.dtype == torch.float32:
         return False
     if max(weight.shape[2:]) == 1:

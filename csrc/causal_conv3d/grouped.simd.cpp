@@ -1,0 +1,283 @@
+// causal_conv3d, one source per instruction set: groups of few channels, forward or input gradient.
+// Previous hop: cpu_grouped.cpp.
+// Next hop: none.
+//
+// A register tile is up to 6 target pixels of a row x some vectors of channels, of several groups
+// each. It walks over all taps, then bias, residual and rounding, so sums are never in memory.
+// Where the columns of neighboring targets are neighbors (stride and dilation 1), a row of three
+// taps is read through a window of 8 source pixels, each loaded, widened and permuted once for its
+// three products; elsewhere every tap reads its own pixels. Pixels are reached through pointers, so
+// padding, strides, dilation and history need no copy.
+//
+// Ladder: 64 channels, 3x3x3, 17x32x32, one core of Zen 4, kernel alone, in cycles a product of 16
+// lanes (a product instruction of bfloat16 has two of them). Floor 1.0 (bfloat16 in pairs: 0.5).
+//
+//   channels a group                      1      2      4      8
+//   v0  the gather engine, float32       93     38     13      4.4
+//       bfloat16                         61     16      8      2.1
+//   v1  this one, float32                 1.9    2.6    2.4    1.6
+//       bfloat16                          1.8    1.3    0.90   0.73
+#include "causal_conv3d/grouped.h"
+
+#include "causal_conv3d/lanes.h"
+#include "causal_conv3d/tile.h"
+#include "common/simd.h"
+
+namespace magvit_fast {
+namespace MF_ISA {
+namespace {
+
+constexpr index_t kChain = 64;  // products that are added up before they join the sums
+
+struct Tile {
+  const GroupedParams& p;
+  const Spread& spread;
+  const std::int32_t* slots;  // of the tile, as in GroupedParams
+  const GroupedRow* rows;
+  int num_rows;
+  index_t first;   // in the order of w.target
+  index_t vector;  // the first one
+  void* target;    // rows, at channel 0
+  const void* residual;
+};
+
+template <class F, bool kSpread, int MR, int NV>
+struct Run {
+  typedef typename F::T T;
+  typedef typename F::Weight Weight;
+  typedef typename F::Vector Vector;
+
+  const GroupLanes& l;
+  index_t step;         // elements of the source from one vector to the next
+  index_t tap, vector;  // elements of the weights of a tap, and of a vector
+  int sources[NV];      // units of each vector
+
+  explicit Run(const Tile& tile) : l(tile.p.lanes) {
+    const GroupedParams& p = tile.p;
+    step = l.together * l.reduce;
+    tap = l.units * kLanes;
+    vector = p.kernel_t * p.kernel_h * p.kernel_w * tap;
+    for (int j = 0; j < NV; ++j) sources[j] = static_cast<int>(l.count(tile.vector + j) * l.units);
+  }
+
+  static inline __attribute__((always_inline)) Vector source(const T* p, int units,
+                                                             const Tile& tile, index_t k) {
+    const Vector v = F::source(p, units);
+    return kSpread ? F::spread(v, tile.spread.lane[k]) : v;
+  }
+
+  inline __attribute__((always_inline)) void add_window(const Tile& tile, const GroupedRow& row,
+                                                        vf (&acc)[MR][NV]) const {
+    const WidthGather& w = tile.p.w;
+    const T* pixels = static_cast<const T*>(row.pixels);
+    const T* a[MR + 2];
+    const std::int32_t* offset = w.offset + tile.first;
+    MF_UNROLL
+    for (int q = 0; q < MR + 2; ++q) {
+      const int slot = q < MR ? 0 : q - MR + 1, i = q < MR ? q : MR - 1;
+      const std::int32_t at = offset[tile.slots[1 + slot] * w.width + i];
+      a[q] = at >= 0 ? pixels + at : static_cast<const T*>(tile.p.zeros);
+    }
+    const Weight* weights = static_cast<const Weight*>(row.weights);
+    const Weight* b[3];
+    MF_UNROLL
+    for (int s = 0; s < 3; ++s) b[s] = weights + w.slot_tap[tile.slots[1 + s]] * tap;
+    const index_t units = kSpread ? l.units : 1;
+    for (index_t k = 0; k < units; ++k) {
+      MF_UNROLL
+      for (int j = 0; j < NV; ++j) {
+        Vector weight[3];
+        MF_UNROLL
+        for (int s = 0; s < 3; ++s) weight[s] = F::weights(b[s] + j * vector + k * kLanes);
+        MF_UNROLL
+        for (int q = 0; q < MR + 2; ++q) {
+          const Vector x = source(a[q] + j * step, sources[j], tile, k);
+          MF_UNROLL
+          for (int s = 0; s < 3; ++s)
+            if (q - s >= 0 && q - s < MR)
+              acc[q - s][j] = F::multiply_add(acc[q - s][j], x, weight[s]);
+        }
+      }
+    }
+  }
+
+  inline __attribute__((always_inline)) void add_slot(const Tile& tile, const GroupedRow& row,
+                                                      index_t slot, vf (&acc)[MR][NV]) const {
+    const WidthGather& w = tile.p.w;
+    const T* pixels = static_cast<const T*>(row.pixels);
+    const std::int32_t* offset = w.offset + slot * w.width + tile.first;
+    const T* a[MR];
+    MF_UNROLL
+    for (int i = 0; i < MR; ++i)
+      a[i] = offset[i] >= 0 ? pixels + offset[i] : static_cast<const T*>(tile.p.zeros);
+    const Weight* b = static_cast<const Weight*>(row.weights) + w.slot_tap[slot] * tap;
+    const index_t units = kSpread ? l.units : 1;
+    for (index_t k = 0; k < units; ++k, b += kLanes) {
+      MF_UNROLL
+      for (int j = 0; j < NV; ++j) {
+        const Vector weight = F::weights(b + j * vector);
+        MF_UNROLL
+        for (int i = 0; i < MR; ++i)
+          acc[i][j] =
+              F::multiply_add(acc[i][j], source(a[i] + j * step, sources[j], tile, k), weight);
+      }
+    }
+  }
+
+  inline __attribute__((always_inline)) void write(const Tile& tile, vf (&acc)[MR][NV]) const {
+    const GroupedParams& p = tile.p;
+    MF_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const index_t channel = (tile.vector + j) * l.together * l.produce;
+      const int lanes = static_cast<int>(l.count(tile.vector + j) * l.produce);
+      const vf bias = p.bias ? load_lanes(static_cast<const T*>(p.bias) + channel, lanes) : vf{};
+      MF_UNROLL
+      for (int i = 0; i < MR; ++i) {
+        const index_t at = p.w.target[tile.first + i] * p.target.channels + channel;
+        vf v = acc[i][j] + bias;
+        if (tile.residual) v += load_lanes(static_cast<const T*>(tile.residual) + at, lanes);
+        T* to = static_cast<T*>(tile.target) + at;
+        lanes == kLanes ? store(to, v) : store_some(to, v, lanes);
+      }
+    }
+  }
+};
+
+template <class F, bool kSpread, int MR, int NV>
+void run_tile(const Tile& tile) {
+  const Run<F, kSpread, MR, NV> run(tile);
+  vf acc[MR][NV] = {};
+  const std::int32_t count = tile.slots[0];
+  const index_t row_terms = tile.p.lanes.units * (count == kWindow ? 3 : count);
+  float sums[MR * NV * kLanes];
+  bool flushed = false;
+  index_t chain = 0;
+  for (int r = 0; r < tile.num_rows; ++r) {
+    if (count == kWindow)
+      run.add_window(tile, tile.rows[r], acc);
+    else
+      for (std::int32_t s = 0; s < count; ++s)
+        run.add_slot(tile, tile.rows[r], tile.slots[1 + s], acc);
+    chain += row_terms;
+    if (!F::kChained || chain < kChain) continue;
+    flush(acc, sums, flushed);
+    flushed = true;
+    chain = 0;
+  }
+  if (flushed) {
+    MF_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      MF_UNROLL
+      for (int j = 0; j < NV; ++j) acc[i][j] += load(sums + (i * NV + j) * kLanes);
+    }
+  }
+  run.write(tile, acc);
+}
+
+typedef void (*TileFunction)(const Tile&);
+
+template <class F, bool kSpread, int NV>
+TileFunction pick_pixels(index_t pixels) {
+  static_assert(kTilePixels == 6, "one case a size");
+  switch (pixels) {
+    case 1:
+      return run_tile<F, kSpread, 1, NV>;
+    case 2:
+      return run_tile<F, kSpread, 2, NV>;
+    case 3:
+      return run_tile<F, kSpread, 3, NV>;
+    case 4:
+      return run_tile<F, kSpread, 4, NV>;
+    case 5:
+      return run_tile<F, kSpread, 5, NV>;
+    default:
+      return run_tile<F, kSpread, 6, NV>;
+  }
+}
+
+constexpr int kSpreadVectors = kVectors / 2;  // grouped_vectors of this level
+
+template <class F>
+TileFunction pick_tile(bool spread, index_t vectors, index_t pixels) {
+  if (spread) {
+    if constexpr (kSpreadVectors >= 2)
+      if (vectors == 2) return pick_pixels<F, true, 2>(pixels);
+    return pick_pixels<F, true, 1>(pixels);
+  }
+  if constexpr (kVectors >= 4)
+    if (vectors == 4) return pick_pixels<F, false, 4>(pixels);
+  return vectors == 2 ? pick_pixels<F, false, 2>(pixels) : pick_pixels<F, false, 1>(pixels);
+}
+
+template <class F>
+class Item {
+ public:
+  Item(const GroupedParams& p, const GroupedItem& item, GroupedRow* rows)
+      : p_(p), item_(item), spread_(p.lanes), rows_(rows) {}
+
+  void run() {
+    const index_t most = p_.lanes.spread ? kSpreadVectors : kVectors;
+    for (index_t v = item_.vector_begin; v < item_.vector_end;) {
+      const index_t left = item_.vector_end - v;
+      const index_t vectors = left >= most ? most : left >= 2 ? 2 : 1;
+      for (index_t h = item_.row_begin; h < item_.row_end; ++h) run_row(v, vectors, h);
+      v += vectors;
+    }
+  }
+
+ private:
+  typedef typename F::T T;
+  typedef typename F::Weight Weight;
+
+  void run_row(index_t vector, index_t vectors, index_t h) {
+    const void* residual =
+        p_.residual.late ? row_of<const T>(p_.residual, item_.n, item_.t, h) : nullptr;
+    T* target = row_of<T>(p_.target, item_.n, item_.t, h);
+    const int count = list_rows(h, vector);
+    for (index_t i = 0; i < p_.w.tiles; ++i) {
+      const index_t first = p_.w.tile_first[i], pixels = p_.w.tile_first[i + 1] - first;
+      pick_tile<F>(p_.lanes.spread, vectors,
+                   pixels)({p_, spread_, p_.slots + i * (1 + p_.w.slots), rows_, count, first,
+                            vector, target, residual});
+    }
+  }
+
+  int list_rows(index_t h, index_t vector) {
+    const index_t row = p_.kernel_w * p_.lanes.units * kLanes;
+    const Weight* weights =
+        static_cast<const Weight*>(p_.packed) + vector * p_.kernel_t * p_.kernel_h * row;
+    const index_t channel = vector * p_.lanes.together * p_.lanes.reduce;
+    int count = 0;
+    for (index_t i = p_.t.begin[item_.t]; i < p_.t.begin[item_.t + 1]; ++i)
+      for (index_t j = p_.h.begin[h]; j < p_.h.begin[h + 1]; ++j) {
+        const TapSource in_t = p_.t.taps[i], in_h = p_.h.taps[j];
+        rows_[count++] = {row_of<const T>(p_.source, item_.n, in_t.source, in_h.source) + channel,
+                          weights + (in_t.tap * p_.kernel_h + in_h.tap) * row};
+      }
+    return count;
+  }
+
+  const GroupedParams& p_;
+  const GroupedItem& item_;
+  const Spread spread_;
+  GroupedRow* rows_;
+};
+
+}  // namespace
+
+void conv3d_grouped(const GroupedParams& params, const GroupedItem& item, GroupedRow* rows) {
+  switch (params.type) {
+    case DType::f32:
+      return Item<Widened<float>>(params, item, rows).run();
+    case DType::bf16:
+#if defined(MF_ISA_avx512_bf16)
+      if (params.pairs) return Item<Paired>(params, item, rows).run();
+#endif
+      return Item<Widened<bf16_t>>(params, item, rows).run();
+    case DType::f16:
+      return Item<Widened<f16_t>>(params, item, rows).run();
+  }
+}
+
+}  // namespace MF_ISA
+}  // namespace magvit_fast

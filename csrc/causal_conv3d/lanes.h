@@ -1,0 +1,69 @@
+// causal_conv3d: vectors of sources for groups of few channels, by storage type.
+// Previous hop: grouped.simd.cpp, grouped_weight_grad.simd.cpp only.
+// Next hop: common/simd.h.
+#pragma once
+
+#include "causal_conv3d/grouped.h"
+#include "common/simd.h"
+
+namespace magvit_fast {
+namespace MF_ISA {
+namespace {
+
+// The first n lanes, n <= kLanes; the rest zero.
+template <class T>
+inline vf load_lanes(const T* p, int n) {
+#if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
+  return load_some(p, n);
+#else
+  return n == kLanes ? load(p) : load_some(p, n);
+#endif
+}
+
+// Which unit of the vector's pixels stands at each lane, for the k-th unit of its group.
+struct Spread {
+  vi lane[kMaxUnits];
+
+  explicit Spread(const GroupLanes& l) {
+    for (index_t k = 0; k < l.units; ++k)
+      for (index_t i = 0; i < kLanes; ++i) {
+        const index_t group = i / l.produce < l.together ? i / l.produce : 0;
+        lane[k][i] = static_cast<std::int32_t>(group * l.units + k);
+      }
+  }
+};
+
+// Products of float32, whatever the storage.
+template <class Storage>
+struct Widened {
+  typedef Storage T;
+  typedef float Weight;
+  typedef vf Vector;
+  static constexpr bool kChained = true;  // long sums in short chains
+  static Vector source(const T* p, int units) { return load_lanes(p, units); }
+  static Vector weights(const Weight* p) { return load(p); }
+  static Vector spread(Vector v, vi lanes) { return __builtin_shuffle(v, lanes); }
+  static vf multiply_add(vf sum, Vector a, Vector b) { return sum + a * b; }
+};
+
+#if defined(MF_ISA_avx512_bf16)
+// Products of two bfloat16 each.
+struct Paired {
+  typedef bf16_t T;
+  typedef std::uint32_t Weight;
+  typedef vi Vector;
+  static constexpr bool kChained = false;  // the rounding of the result is far coarser
+  static Vector source(const T* p, int units) {
+    return (vi)_mm512_maskz_loadu_epi32(first_lanes(units), p);
+  }
+  static Vector weights(const Weight* p) { return load_as<vi>(p); }
+  static Vector spread(Vector v, vi lanes) { return __builtin_shuffle(v, lanes); }
+  static vf multiply_add(vf sum, Vector a, Vector b) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace MF_ISA
+}  // namespace magvit_fast
