@@ -18,9 +18,9 @@ namespace {
 
 constexpr index_t kMostFolded = 8;               // channels
 constexpr index_t kMostPanelBytes = 256 * 1024;  // weights of a block of columns: L2
-constexpr index_t kFoldBytes = 24 * 1024;        // folded pixels at a time: L1
-constexpr index_t kCopiedPixels = 256;           // of an item; rows above and below are copied, too
+constexpr index_t kCopiedPixels = 128;           // of an item; rows around them are copied, too
 constexpr index_t kReadPixels = 96;              // of an item that reads in place
+constexpr index_t kLeastItems = 32;              // or time is cut, though the cuts share frames
 constexpr index_t kMostColumns = 256;            // of a strip
 
 bool unpadded(const AxisMap& a) { return a.front <= 0 && last_position(a) < a.source; }
@@ -122,18 +122,10 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   p.rows = p.columns < width ? 1 : part(height, pixels < width ? 1 : pixels / width);
   p.run_length = pass.run_length();
   const index_t bytes = dtype_bytes(p.work_type);
-  index_t size = 0;
-  if (p.copied) {
+  if (p.copied)
     p.strip_length = round_up(strip_span(p.w, p.columns) * p.reduce + kStripSlack, index_t{32});
-    size = (p.t.kernel * strip_span(p.h, p.rows) + 1) * p.strip_length;
-  }
-  if (p.run == StripRun::frame) {
-    p.fold_length = round_up(p.t.kernel * p.run_length + 16, index_t{16});
-    const index_t some = std::max(kFoldBytes / (p.fold_length * bytes), index_t{16});
-    p.fold_pixels = p.columns < some ? some / p.columns * p.columns : part(p.columns, some);
-    size += p.fold_pixels * p.fold_length + kStripSlack;
-  }
-  plan.memory_size = round_up(size * bytes, index_t{64});
+  if (p.run == StripRun::frame) p.fold_length = round_up(p.run_length + 32 / bytes, index_t{4});
+  plan.memory_size = round_up(strip_memory(p) * bytes, index_t{64});
   plan.memory = workspace.take<char>(plan.memory_size * ctx.num_threads);
   if (!s.packed) {
     const StripPacking packing = strip_packing(s, direction, tensors.weight, ctx.isa);
@@ -193,18 +185,22 @@ void strip_run(const Conv3dShape& shape, Direction direction, const Tensors& ten
   const index_t across = ceil_div(p.target.width, p.columns);
   const index_t down = ceil_div(p.target.height, p.rows);
   const index_t frames = p.target.early_frames + p.target.late_frames;
+  const index_t apart = s.batch * down * across;
+  const index_t cuts = p.copied ? std::min(ceil_div(kLeastItems, apart), frames) : frames;
   const auto kernel = MF_PICK_SIMD(conv3d_strip, ctx.isa);
-  parallel_items(s.batch * frames * down * across, ctx.num_threads, [&](index_t i, int thread) {
-    StripItem item;
-    item.column_begin = i % across * p.columns;
-    item.column_end = std::min(item.column_begin + p.columns, p.target.width);
-    item.row_begin = i / across % down * p.rows;
-    item.row_end = std::min(item.row_begin + p.rows, p.target.height);
-    const index_t frame = i / across / down;
-    item.t = frame % frames;
-    item.n = frame / frames;
-    kernel(p, item, plan.memory + thread * plan.memory_size);
-  });
+  // Neighbors in one thread: what they read and write may still be in its cache from the op before.
+  const auto run = [&](index_t begin, index_t end, int thread) {
+    for (index_t i = begin; i < end; ++i) {
+      const index_t column = i % across * p.columns, row = i / across % down * p.rows;
+      const index_t cut = i / across / down % cuts, n = i / across / down / cuts;
+      kernel(p,
+             {n, frames * cut / cuts, frames * (cut + 1) / cuts, row,
+              std::min(row + p.rows, p.target.height), column,
+              std::min(column + p.columns, p.target.width)},
+             plan.memory + thread * plan.memory_size);
+    }
+  };
+  parallel_ranges(apart * cuts, ctx.num_threads, run);
 }
 
 }  // namespace magvit_fast::cpu

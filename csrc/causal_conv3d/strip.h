@@ -47,19 +47,27 @@ struct StripParams {
   DType source_type, target_type;
   DType work_type;        // of the products: bfloat16 in pairs, or float32
   index_t rows, columns;  // targets of an item, at most
-  // Elements of work_type: a run of the sum, a strip, a folded pixel; and pixels folded at a time.
-  index_t run_length, strip_length, fold_length, fold_pixels;
+  // Elements of work_type: a run of the sum, a strip, a folded pixel with what copies reach beyond.
+  index_t run_length, strip_length, fold_length;
 };
 
+// Frames in turn: what is copied of a source frame serves all of them.
 struct StripItem {
-  index_t n, t, row_begin, row_end, column_begin, column_end;
+  index_t n, t_begin, t_end, row_begin, row_end, column_begin, column_end;
 };
 
 constexpr index_t kMostStripRuns = 64;
-constexpr index_t kStripSlack = 64;  // elements behind a strip or pixel that copies may touch
+constexpr index_t kStripSlack = 64;  // elements behind a strip that copies may touch
 
-// `memory` is the thread's: kernel_t * strip_span(h, rows) strips and one of zeros if copied, and
-// fold_pixels folded pixels, with kStripSlack behind them.
+// Elements of the thread's memory: strips of kernel_t frames or, folded, strips of one frame, one
+// of zeros, and folded pixels of kernel_t frames.
+constexpr index_t strip_memory(const StripParams& p) {
+  const index_t frame = strip_span(p.h, p.rows) * p.strip_length;
+  if (!p.copied) return 0;
+  if (p.run != StripRun::frame) return p.t.kernel * frame;
+  return frame + p.strip_length + p.t.kernel * p.rows * p.columns * p.fold_length;
+}
+
 MF_DECLARE_SIMD(void, conv3d_strip,
                 (const StripParams& params, const StripItem& item, void* memory))
 

@@ -240,12 +240,25 @@ void copy_row(const From* row, const std::int32_t* source, index_t columns, inde
   }
 }
 
-// to[0 .. count) = from[0 .. count), in whole pieces of 32 bytes: more may be read and written.
-template <class T>
-inline __attribute__((always_inline)) void copy_run(const T* from, index_t count, T* to) {
+// Runs of `length` elements, one a pixel, in whole pieces of 32 bytes: more is read and written.
+template <int kPieces, class T>
+void copy_runs(const T* from, index_t step, index_t pixels, T* to, index_t to_step) {
   typedef std::uint8_t piece __attribute__((vector_size(32)));
   constexpr index_t kPiece = 32 / sizeof(T);
-  for (index_t i = 0; i < count; i += kPiece) store_as(to + i, load_as<piece>(from + i));
+  for (index_t i = 0; i < pixels; ++i, from += step, to += to_step) MF_UNROLL
+  for (int k = 0; k < kPieces; ++k) store_as(to + k * kPiece, load_as<piece>(from + k * kPiece));
+}
+
+template <class T>
+void copy_runs(const T* from, index_t step, index_t length, index_t pixels, T* to,
+               index_t to_step) {
+  constexpr index_t kPiece = 32 / sizeof(T);
+  for (; length > 2 * kPiece; length -= 2 * kPiece, from += 2 * kPiece, to += 2 * kPiece)
+    copy_runs<2>(from, step, pixels, to, to_step);
+  if (length > kPiece)
+    copy_runs<2>(from, step, pixels, to, to_step);
+  else
+    copy_runs<1>(from, step, pixels, to, to_step);
 }
 
 // --- an item
@@ -256,59 +269,57 @@ class Item {
  public:
   Item(const StripParams& p, const StripItem& item, void* memory)
       : p_(p), item_(item), strips_(static_cast<T*>(memory)) {
-    zeros_ = strips_ + p.t.kernel * strip_span(p.h, p.rows) * p.strip_length;
-    folded_ = zeros_ + p.strip_length;
+    frame_ = strip_span(p.h, p.rows) * p.strip_length;
+    rows_ = item.row_end - item.row_begin;
     columns_ = item.column_end - item.column_begin;
     tap_runs_ = p.run == StripRun::channels ? p.h.kernel * p.w.kernel
                 : p.run == StripRun::row    ? p.h.kernel
                                             : 1;
+    zeros_ = strips_ + frame_;
+    folded_ = zeros_ + p.strip_length;
+    if (p.run == StripRun::frame)
+      for (index_t i = 0; i < p.strip_length; ++i) zeros_[i] = T{};
+    for (index_t slot = 0; slot < p.t.kernel; ++slot) held_[slot] = -1;
   }
 
   void run() {
-    if (p_.copied) copy();
-    if (p_.run == StripRun::frame) return run_folded();
-    for (index_t block = 0; block < blocks(); ++block)
-      for (index_t r = 0; r < item_.row_end - item_.row_begin; ++r) {
-        Run runs[kMostStripRuns];
-        const int count = row_runs(r, block, runs);
-        multiply(block, runs, count, p_.w.stride * p_.reduce, r, columns_);
-      }
+    for (t_ = item_.t_begin; t_ < item_.t_end; ++t_) {
+      for (index_t kt = 0; kt < p_.t.kernel; ++kt)
+        source_[kt] = p_.t.source[t_ * p_.t.stride + kt * p_.t.dilation];
+      if (p_.copied)
+        for (index_t kt = 0; kt < p_.t.kernel; ++kt)
+          if (source_[kt] >= 0) slot_[kt] = hold(source_[kt]);
+      for (index_t block = 0; block < ceil_div(p_.produce, kColumns); ++block) multiply(block);
+    }
   }
 
  private:
   static constexpr index_t kColumns = kVectors * kLanes;
 
-  index_t blocks() const { return ceil_div(p_.produce, kColumns); }
-  index_t block_columns(index_t block) const {
-    const index_t left = round_up(p_.produce, index_t{kLanes}) - block * kColumns;
-    return left < kColumns ? left : kColumns;
+  // --- sources
+
+  // The slot of a source frame, which takes the place of one that this target frame does not need.
+  index_t hold(std::int32_t frame) {
+    index_t slot = 0;
+    while (slot < p_.t.kernel && held_[slot] != frame) ++slot;
+    if (slot < p_.t.kernel) return slot;
+    for (slot = 0; needed(held_[slot]);) ++slot;
+    held_[slot] = frame;
+    T* strips = p_.run == StripRun::frame ? strips_ : strips_ + slot * frame_;
+    const index_t columns = strip_span(p_.w, columns_);
+    for (index_t q = 0; q < strip_span(p_.h, rows_); ++q)
+      if (row(q) >= 0) copy_strip(frame, row(q), columns, strips + q * p_.strip_length);
+    if (p_.run == StripRun::frame) fold(folded(slot));
+    return slot;
   }
-  const T* panel(index_t block, index_t run) const {
-    return static_cast<const T*>(p_.packed) +
-           (block * kColumns * p_.t.kernel * tap_runs_ + run * block_columns(block)) *
-               p_.run_length;
-  }
-  static index_t tap(const StripAxis& a, index_t k, bool mirrored) {
-    return mirrored ? a.kernel - 1 - k : k;
-  }
-  std::int32_t frame(index_t kt) const {
-    return p_.t.source[item_.t * p_.t.stride + kt * p_.t.dilation];
+  bool needed(std::int32_t frame) const {
+    for (index_t kt = 0; kt < p_.t.kernel; ++kt)
+      if (frame >= 0 && source_[kt] == frame) return true;
+    return false;
   }
   // Of the q-th padded row of the item.
   std::int32_t row(index_t q) const { return p_.h.source[item_.row_begin * p_.h.stride + q]; }
-  T* strip(index_t kt, index_t q) const {
-    return strips_ + (kt * strip_span(p_.h, p_.rows) + q) * p_.strip_length;
-  }
-
-  void copy() {
-    const index_t rows = strip_span(p_.h, item_.row_end - item_.row_begin);
-    const index_t columns = strip_span(p_.w, columns_);
-    for (index_t kt = 0; kt < p_.t.kernel; ++kt)
-      for (index_t q = 0; q < rows && frame(kt) >= 0; ++q)
-        if (row(q) >= 0) copy_strip(frame(kt), row(q), columns, strip(kt, q));
-    if (p_.run == StripRun::frame)
-      for (index_t i = 0; i < p_.strip_length; ++i) zeros_[i] = T{};
-  }
+  T* folded(index_t slot) const { return folded_ + slot * p_.rows * p_.columns * p_.fold_length; }
 
   void copy_strip(index_t t, index_t h, index_t columns, T* to) {
     const std::int32_t* source = p_.w.source + item_.column_begin * p_.w.stride;
@@ -324,100 +335,88 @@ class Item {
     }
   }
 
-  // The runs that meet target row r, with the weights of a block.
+  // Each pixel's rows of taps side by side, in rising order: copies reach beyond their end.
+  void fold(T* to) {
+    const index_t length = p_.w.kernel * p_.reduce, step = p_.w.stride * p_.reduce;
+    const bool odd =
+        p_.h.kernel * length < p_.run_length;  // of pairs: the last one's second is zero
+    for (index_t r = 0; r < rows_; ++r, to += columns_ * p_.fold_length) {
+      for (index_t kh = 0; kh < p_.h.kernel; ++kh) {
+        const index_t q = r * p_.h.stride + kh * p_.h.dilation;
+        copy_runs(row(q) < 0 ? zeros_ : strips_ + q * p_.strip_length, step, length, columns_,
+                  to + kh * length, p_.fold_length);
+      }
+      for (index_t i = 0; odd && i < columns_; ++i)
+        to[i * p_.fold_length + p_.run_length - 1] = T{};
+    }
+  }
+
+  // --- runs and their weights
+
+  index_t block_columns(index_t block) const {
+    const index_t left = round_up(p_.produce, index_t{kLanes}) - block * kColumns;
+    return left < kColumns ? left : kColumns;
+  }
+  const T* panel(index_t block, index_t run) const {
+    return static_cast<const T*>(p_.packed) +
+           (block * kColumns * p_.t.kernel * tap_runs_ + run * block_columns(block)) *
+               p_.run_length;
+  }
+  index_t tap(const StripAxis& a, index_t k) const { return p_.mirrored ? a.kernel - 1 - k : k; }
+
+  void multiply(index_t block) {
+    Run runs[kMostStripRuns];
+    if (p_.run == StripRun::frame) {
+      int count = 0;
+      for (index_t kt = 0; kt < p_.t.kernel; ++kt)
+        if (source_[kt] >= 0)
+          runs[count++] = {folded(slot_[kt]), panel(block, tap(p_.t, kt)), p_.run_length};
+      // Rows are one where their results are neighbors, too.
+      if (columns_ == p_.target.width)
+        return multiply(block, runs, count, p_.fold_length, 0, rows_ * columns_);
+      for (index_t r = 0; r < rows_; ++r) {
+        multiply(block, runs, count, p_.fold_length, r, columns_);
+        for (int i = 0; i < count; ++i)
+          runs[i].pixels = static_cast<const T*>(runs[i].pixels) + columns_ * p_.fold_length;
+      }
+      return;
+    }
+    for (index_t r = 0; r < rows_; ++r) {
+      const int count = row_runs(r, block, runs);
+      multiply(block, runs, count, p_.w.stride * p_.reduce, r, columns_);
+    }
+  }
+
+  // The runs that meet target row r.
   int row_runs(index_t r, index_t block, Run* runs) const {
     int count = 0;
     const bool by_taps = p_.run == StripRun::channels;
     const index_t across = by_taps ? p_.w.kernel : 1;
     for (index_t kt = 0; kt < p_.t.kernel; ++kt)
-      for (index_t kh = 0; kh < p_.h.kernel && frame(kt) >= 0; ++kh) {
+      for (index_t kh = 0; kh < p_.h.kernel && source_[kt] >= 0; ++kh) {
         const index_t q = r * p_.h.stride + kh * p_.h.dilation;
         if (row(q) < 0) continue;
-        const T* pixels = p_.copied ? strip(kt, q)
-                                    : row_of<const T>(p_.source, item_.n, frame(kt), row(q)) +
+        const T* pixels = p_.copied ? strips_ + slot_[kt] * frame_ + q * p_.strip_length
+                                    : row_of<const T>(p_.source, item_.n, source_[kt], row(q)) +
                                           p_.w.source[item_.column_begin * p_.w.stride] * p_.reduce;
-        const index_t first =
-            (tap(p_.t, kt, p_.mirrored) * p_.h.kernel + tap(p_.h, kh, p_.mirrored)) * across;
+        const index_t first = (tap(p_.t, kt) * p_.h.kernel + tap(p_.h, kh)) * across;
         for (index_t kw = 0; kw < across; ++kw)
           runs[count++] = {pixels + kw * p_.w.dilation * p_.reduce,
-                           panel(block, first + (by_taps ? tap(p_.w, kw, p_.mirrored) : 0)),
-                           p_.run_length};
+                           panel(block, first + (by_taps ? tap(p_.w, kw) : 0)), p_.run_length};
       }
     return count;
-  }
-
-  // --- folded
-
-  void run_folded() {
-    const index_t rows = item_.row_end - item_.row_begin;
-    const index_t step = p_.fold_pixels < columns_ ? 1 : p_.fold_pixels / columns_;
-    // Rows at once only where their results are neighbors.
-    const index_t together = columns_ == p_.target.width ? step : 1;
-    for (index_t r = 0; r < rows; r += together) {
-      const index_t some = rows - r < together ? rows - r : together;
-      for (index_t c = 0; c < columns_; c += p_.fold_pixels) {
-        const index_t left = columns_ - c;
-        const index_t width = left < p_.fold_pixels ? left : p_.fold_pixels;
-        for (index_t i = 0; i < some; ++i)
-          fold(r + i, c, width, folded_ + i * width * p_.fold_length);
-        for (index_t block = 0; block < blocks(); ++block) {
-          Run runs[kMostStripRuns];
-          const int count = frame_runs(block, runs);
-          multiply(block, runs, count, p_.fold_length, r, some * width, c);
-        }
-      }
-    }
-  }
-
-  // Frames stand in the order of their weights, so that neighbors are one run.
-  int frame_runs(index_t block, Run* runs) const {
-    int count = 0;
-    index_t after = -1;
-    for (index_t slot = 0; slot < p_.t.kernel; ++slot) {
-      if (frame(tap(p_.t, slot, p_.mirrored)) < 0) continue;
-      if (slot == after)
-        runs[count - 1].length += p_.run_length;
-      else
-        runs[count++] = {folded_ + slot * p_.run_length, panel(block, slot), p_.run_length};
-      after = slot + 1;
-    }
-    return count;
-  }
-
-  void fold(index_t r, index_t column, index_t width, T* to) const {
-    const index_t length = p_.w.kernel * p_.reduce, step = p_.w.stride * p_.reduce;
-    for (index_t slot = 0; slot < p_.t.kernel; ++slot) {  // rising: copies reach into the next one
-      const index_t kt = tap(p_.t, slot, p_.mirrored);
-      if (frame(kt) < 0) continue;
-      const T* from[kMostStripRuns];
-      for (index_t kh = 0; kh < p_.h.kernel; ++kh) {
-        const index_t q = r * p_.h.stride + kh * p_.h.dilation;
-        from[kh] = (row(q) < 0 ? zeros_ : strip(kt, q)) + column * step;
-      }
-      T* pixel = to + slot * p_.run_length;
-      for (index_t i = 0; i < width; ++i, pixel += p_.fold_length) {
-        for (index_t kh = 0; kh < p_.h.kernel; ++kh)
-          copy_run(from[kh] + i * step, length, pixel + kh * length);
-      }
-    }
-    // Copies reach beyond their run; what they left behind the last one of a pixel is made zero.
-    const index_t odd = p_.h.kernel * length;
-    if (odd == p_.run_length) return;
-    for (index_t i = 0; i < width; ++i)
-      for (index_t slot = 0; slot < p_.t.kernel; ++slot)
-        to[i * p_.fold_length + slot * p_.run_length + odd] = T{};
   }
 
   // --- products
 
-  void multiply(index_t block, const Run* runs, int count, index_t step, index_t r, index_t pixels,
-                index_t column = 0) const {
+  void multiply(index_t block, const Run* runs, int count, index_t step, index_t r,
+                index_t pixels) const {
     const index_t lanes = block_columns(block), channel = block * kColumns;
     const index_t channels = p_.produce - channel < lanes ? p_.produce - channel : lanes;
     Work w{runs, count, step, nullptr, nullptr, nullptr, p_.target.channels, 0, p_.target_type};
     w.rest = static_cast<int>(channels - (lanes - kLanes));
     const index_t h = item_.row_begin + r;
-    const index_t at = (item_.column_begin + column) * p_.target.channels + channel;
+    const index_t at = item_.column_begin * p_.target.channels + channel;
     switch (p_.target_type) {
       case DType::f32:
         place<float>(w, h, at, channel);
@@ -434,15 +433,19 @@ class Item {
 
   template <class To>
   void place(Work& w, index_t h, index_t at, index_t channel) const {
-    w.y = row_of<To>(p_.target, item_.n, item_.t, h) + at;
+    w.y = row_of<To>(p_.target, item_.n, t_, h) + at;
     if (p_.bias) w.bias = static_cast<const To*>(p_.bias) + channel;
-    if (p_.residual.late) w.residual = row_of<const To>(p_.residual, item_.n, item_.t, h) + at;
+    if (p_.residual.late) w.residual = row_of<const To>(p_.residual, item_.n, t_, h) + at;
   }
 
   const StripParams& p_;
   const StripItem& item_;
   T *strips_, *zeros_, *folded_;
-  index_t columns_, tap_runs_;
+  index_t frame_, rows_, columns_, tap_runs_;
+  index_t t_ = 0;
+  std::int32_t source_[kMostStripRuns];  // of t_ and every tap, or -1
+  index_t slot_[kMostStripRuns];         // where that frame is held
+  std::int32_t held_[kMostStripRuns];    // frame of a slot, or -1
 };
 
 }  // namespace

@@ -72,12 +72,13 @@ def check_number(name: str, value: object, *, least: float = -math.inf) -> float
 
 
 def triple(name: str, value: int | Sequence[int], *, least: int = 1) -> tuple[int, int, int]:
-    expected = f"{name}: expected an int or three ints, each >= {least}, got {value!r}"
+    if type(value) is int and value >= least:  # the usual case: small convolutions feel every step
+        return value, value, value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * 3
-    if any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values):
-        raise TypeError(expected)
-    if len(values) != 3 or min(values) < least:
-        raise ValueError(expected)
+    integers = not any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values)
+    if not integers or len(values) != 3 or min(values) < least:
+        kind = ValueError if integers else TypeError
+        raise kind(f"{name}: expected an int or three ints, each >= {least}, got {value!r}")
     return int(values[0]), int(values[1]), int(values[2])
 
 

@@ -85,9 +85,7 @@ def check_geometry(x: Tensor, history: Tensor | None, weight: Tensor, geometry: 
             )
 
 
-def check_residual(residual: Tensor | None, x: Tensor, size: list[int]) -> None:
-    if residual is None:
-        return
+def check_residual(residual: Tensor, x: Tensor, size: list[int]) -> None:
     _checks.check_tensor("residual", residual, ndim=5, floating=True)
     _checks.check_same("residual", residual, "x", x)
     if list(residual.shape) != size:

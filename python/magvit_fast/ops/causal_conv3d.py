@@ -112,23 +112,17 @@ _native.LIB.define(
 )
 
 
-def _out_shape(x: Tensor, history: Tensor | None, weight: Tensor, geometry: Geometry) -> list[int]:
-    earlier = 0 if history is None else history.shape[2]
-    sources = (earlier + x.shape[2], x.shape[3], x.shape[4])
-    padding = [geometry.padding[0] - earlier, *geometry.padding[1:]]
-    cut = geometry._replace(padding=padding)
-    return [
-        x.shape[0],
-        weight.shape[0],
-        *(cut.out_size(a, sources[a], weight.shape[2 + a]) for a in range(3)),
-    ]
+def _out_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
+    # Frames of history take the place of as many frames of padding.
+    sizes = [geometry.out_size(a, x.shape[2 + a], weight.shape[2 + a]) for a in range(3)]
+    return [x.shape[0], weight.shape[0], *sizes]
 
 
 def _fake_forward(
     x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None,
     residual: Tensor | None, *geometry: Any,
 ) -> Tensor:  # fmt: skip
-    size = _out_shape(x, history, weight, Geometry(*geometry))
+    size = _out_shape(x, weight, Geometry(*geometry))
     return empty_in_format(x, size, is_channels_last(x))
 
 
@@ -203,7 +197,7 @@ def _launch_forward(
     residual: Tensor | None, *geometry: Any,
 ) -> Tensor:  # fmt: skip
     how = Geometry(*geometry)
-    size = _out_shape(x, history, weight, how)
+    size = _out_shape(x, weight, how)
     y = _native.in_huge_pages(empty_in_format(x, size, True))
     _native.trace("causal_conv3d", x=tuple(x.shape), weight=tuple(weight.shape), dtype=x.dtype,
                   device=x.device, geometry=how)  # fmt: skip
@@ -280,7 +274,7 @@ class _Forward(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
         if ctx.needs_input_grad[2]:
-            dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)  # type: ignore[no-untyped-call]
+            dweight = _weight_grad(x, history, dy, weight.shape[2:], ctx.geometry)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum((0, 2, 3, 4))
         return dx, dhistory, dweight, dbias, dy if ctx.needs_input_grad[4] else None, None
@@ -303,9 +297,9 @@ class _InputGrad(torch.autograd.Function):
         dy, weight = ctx.saved_tensors
         ddy = dweight = None
         if ctx.needs_input_grad[0]:
-            ddy = _Forward.apply(x, history, weight, None, None, ctx.geometry)  # type: ignore[no-untyped-call]
+            ddy = _forward(x, history, weight, None, None, ctx.geometry)
         if ctx.needs_input_grad[1]:
-            dweight = _WeightGrad.apply(x, history, dy, list(weight.shape[2:]), ctx.geometry)  # type: ignore[no-untyped-call]
+            dweight = _weight_grad(x, history, dy, weight.shape[2:], ctx.geometry)
         return ddy, dweight, None, None, None, None
 
 
@@ -327,18 +321,39 @@ class _WeightGrad(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
         if ctx.needs_input_grad[2]:
-            ddy = _Forward.apply(x, history, weight, None, None, ctx.geometry)  # type: ignore[no-untyped-call]
+            ddy = _forward(x, history, weight, None, None, ctx.geometry)
         return dx, dhistory, ddy, None, None
+
+
+# Where nothing is recorded (inference, and the backward pass itself) the ops are called at once: a
+# torch.autograd.Function takes as long as a small kernel.
+def _forward(
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None, geometry: Geometry,
+) -> Tensor:  # fmt: skip
+    if torch.is_grad_enabled():
+        return _Forward.apply(x, history, weight, bias, residual, geometry)  # type: ignore[no-untyped-call, no-any-return]
+    return _FORWARD(x, history, weight, bias, residual, *geometry)  # type: ignore[no-any-return]
 
 
 def _input_grad(
     dy: Tensor, weight: Tensor, x: Tensor, history: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor | None]:
     frames = 0 if history is None else history.shape[2]
-    dx, dhistory = _InputGrad.apply(  # type: ignore[no-untyped-call]
-        dy, weight, list(x.shape), frames, is_channels_last(x), geometry
-    )
+    sizes = list(x.shape), frames, is_channels_last(x)
+    if torch.is_grad_enabled():
+        dx, dhistory = _InputGrad.apply(dy, weight, *sizes, geometry)  # type: ignore[no-untyped-call]
+    else:
+        dx, dhistory = _INPUT_GRAD(dy, weight, *sizes, *geometry)
     return dx, dhistory if frames else None
+
+
+def _weight_grad(
+    x: Tensor, history: Tensor | None, dy: Tensor, kernel: Sequence[int], geometry: Geometry
+) -> Tensor:
+    if torch.is_grad_enabled():
+        return _WeightGrad.apply(x, history, dy, list(kernel), geometry)  # type: ignore[no-untyped-call, no-any-return]
+    return _WEIGHT_GRAD(x, history, dy, list(kernel), *geometry)  # type: ignore[no-any-return]
 
 
 # --- public -----------------------------------------------------------------------------------
@@ -413,9 +428,10 @@ def causal_conv3d(
         history = history[:, :, history.shape[2] - used :] if used else None
     geometry = Geometry(list(steps), list(spread), groups, pads, time_mode, space_mode)
     _conv_checks.check_geometry(x, history, weight, geometry)
-    _conv_checks.check_residual(residual, x, _out_shape(x, history, weight, geometry))
+    if residual is not None:
+        _conv_checks.check_residual(residual, x, _out_shape(x, weight, geometry))
     obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
     slower = torch_is_faster(x, weight, steps, groups)
     if _native.use_native("causal_conv3d", impl, obstacle, slower=slower):
-        return _Forward.apply(x, history, weight, bias, residual, geometry)  # type: ignore[no-untyped-call, no-any-return]
+        return _forward(x, history, weight, bias, residual, geometry)
     return reference(x, history, weight, bias, residual, geometry)
