@@ -21,7 +21,7 @@ class Row:
     flops: float = 0.0
     bytes: float = 0.0
     compare: bool = True  # the first result of ours against that of the first way
-    has_sm90a: bool = False  # ours may use kernels for compute capability 9.0 alone
+    sm90a: tuple[str, ...] = ()  # kernels for compute capability 9.0 alone that ours may use
     rotate: bool = True  # among several sets of inputs; off where one call moves more than L2 holds
     graph: bool = True  # time replays of a captured graph, if it can be captured
     items: float = 0.0  # clips or frames that one call makes

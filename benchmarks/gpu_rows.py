@@ -90,7 +90,9 @@ def _conv_row(p: dict[str, Any], dtype_name: str, work: str) -> Row:
     pads, inner = _pads(p)
     flops, moved = _conv_work(p, y_size, 2 if dtype != torch.float32 else 4)
     scale = (c_in * _prod(kernel)) ** -0.5
-    for_sm90a = dtype == torch.bfloat16 and min(c_in, c_out) >= 64
+    for_sm90a = ("weight_grad" if work == "weight_grad" else "gather",)
+    if dtype != torch.bfloat16 or min(c_in, c_out) < 64:
+        for_sm90a = ()
     row = Row(
         f"causal_conv3d {p['name']} {dtype_name} {work}", lambda: (), {}, None, {}, flops, moved
     )
@@ -108,7 +110,7 @@ def _conv_row(p: dict[str, Any], dtype_name: str, work: str) -> Row:
             bias = torch.randn(c_out, device=DEVICE, dtype=dtype) if p["with_bias"] else None
             return x, w, w.contiguous(memory_format=CHANNELS_LAST), bias
 
-        row.make, row.has_sm90a = make, for_sm90a
+        row.make, row.sm90a = make, for_sm90a
         row.ours = lambda x, w, wl, b: mf.causal_conv3d(x, w, b, stride=stride, impl="native")
         row.ways["pad, then conv (channels last)"] = lambda x, w, wl, b: F.conv3d(
             _padded(x, pads), wl, b, stride, inner
@@ -152,7 +154,7 @@ def _conv_row(p: dict[str, Any], dtype_name: str, work: str) -> Row:
             dy, w, list(x.shape), 0, True, *geometry
         )[0]
 
-    row.make, row.ours, row.has_sm90a = make_gradient, ours, for_sm90a and work == "input_grad"
+    row.make, row.ours, row.sm90a = make_gradient, ours, for_sm90a
     row.ways["convolution_backward (channels last)"] = theirs
     return row
 

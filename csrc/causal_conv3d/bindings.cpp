@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "causal_conv3d/causal_conv3d.h"
-#include "causal_conv3d/sm90_schedule.h"
+#include "causal_conv3d/sm90_weight_schedule.h"
 #include "common/cuda/swizzle.h"
 
 namespace magvit_fast {
@@ -105,6 +105,12 @@ void bind_causal_conv3d(pybind11::module_& m) {
         return cuda::causal_conv3d_engine(make_shape(shape), forward, make_context(where, how));
       },
       no_gil);
+  m.def(
+      "causal_conv3d_weight_grad_engine",
+      [](const Numbers& shape, Where where, How how) {
+        return cuda::causal_conv3d_weight_grad_engine(make_shape(shape), make_context(where, how));
+      },
+      no_gil);
 #else
   m.def(
       "causal_conv3d_packing",
@@ -161,6 +167,42 @@ void bind_causal_conv3d(pybind11::module_& m) {
         });
       }
     return out;
+  });
+  // The same for the weight gradient, for the tests of sm90_weight_plan.h. First (views, slots,
+  // rows of a box of x, taps of the longest run) and (taps, first tap, step) of every run; then the
+  // pieces in the order of the blocks, (block, run, out, in, kt, slot) and for each step (w, h, t,
+  // n, view, x_w, x_h, x_t); last the slots of every tile in the order of summation.
+  m.def("causal_conv3d_sm90_weight_walk", [](const Numbers& numbers) {
+    std::vector<std::vector<index_t> > head, pieces, sums;
+    const GemmShape shape = gemm_shape(make_shape(numbers));
+    if (!can_run_sm90_weight(shape)) return std::make_tuple(head, pieces, sums);
+    const Sm90WeightPlan plan = sm90_weight_plan(shape);
+    head.push_back({plan.views, sm90_weight_slots(plan), plan.box_rows(), plan.longest_run});
+    for (int i = 0; i < plan.runs; ++i) {
+      const Sm90Run& run = plan.run[i];
+      head.push_back({run.taps, run.tap, run.tap_step});
+    }
+    for (int block = 0; block < plan.blocks; ++block)
+      sm90_weight_pieces(plan, block, [&](int index, int first, int last) {
+        const Sm90WeightTile tile = sm90_weight_tile(plan, index);
+        std::vector<index_t> piece = {block,   tile.run, tile.out,
+                                      tile.in, tile.kt,  sm90_weight_slot(block, index)};
+        Sm90WeightStep step;
+        step.set(plan, tile.kt, first);
+        for (int i = first; i < last; ++i, step.advance(plan, tile.kt)) {
+          const Sm90WeightBoxes b = sm90_weight_boxes(plan, tile, step);
+          piece.insert(piece.end(), {b.w, b.h, b.t, b.n, b.view, b.x_w, b.x_h, b.x_t});
+        }
+        pieces.push_back(piece);
+      });
+    for (int index = 0; index < plan.tiles; ++index) {
+      sums.emplace_back();
+      sm90_slots_of_tile(plan, index, [&](index_t slot) { sums.back().push_back(slot); });
+    }
+    return std::make_tuple(head, pieces, sums);
+  });
+  m.def("causal_conv3d_wgmma_descriptor_mn", [](std::uint32_t address, std::uint32_t leading) {
+    return cuda::wgmma_descriptor_mn(address, leading);
   });
   m.def("causal_conv3d_wgmma_descriptor",
         [](std::uint32_t address) { return cuda::wgmma_descriptor(address); });

@@ -100,6 +100,7 @@ MF_DECLARE_CAUSAL_CONV3D
 // Which kernel serves the forward pass (else: the input gradient) if addresses are multiples of 16:
 // "sm90a", "mma" or "fma".
 const char* causal_conv3d_engine(const Conv3dShape& shape, bool forward, const ExecContext& ctx);
+const char* causal_conv3d_weight_grad_engine(const Conv3dShape& shape, const ExecContext& ctx);
 }  // namespace cuda
 #undef MF_DECLARE_CAUSAL_CONV3D
 

@@ -1,9 +1,10 @@
 // causal_conv3d on CUDA: packs the weights, chooses the kernel, adds up the parts of the weight
-// gradient. Previous hop: bindings.cpp. Next hop: sm90_gather.cu (Hopper, where it is asked for),
+// gradient. Previous hop: bindings.cpp. Next hop: sm90_gather.cu and sm90_weight.cu (Hopper, where
+// they are asked for),
 // cuda_gather_mma.cu (16-bit, tensor cores), cuda_gather_fma.cu (float32, any channel count),
 // cuda_weight_mma.cu, cuda_weight_fma.cu; gemm_rows.h is the geometry.
 #include "causal_conv3d/cuda_kernels.h"
-#include "causal_conv3d/sm90_schedule.h"
+#include "causal_conv3d/sm90_weight_schedule.h"
 #include "common/cuda/convert.cuh"
 #include "common/cuda/hopper.cuh"
 
@@ -106,6 +107,26 @@ Engine engine_for(const Conv3dShape& shape, const GemmShape& s, bool forward, bo
   return on_tensor_cores ? Engine::mma : Engine::fma;
 }
 
+Engine weight_engine_for(const Conv3dShape& shape, const GemmShape& s, bool aligned,
+                         const ExecContext& ctx) {
+  if (!aligned) return Engine::fma;
+  if (shape.sm90a && can_run_sm90_weight(s) && has_sm90a(ctx, "causal_conv3d"))
+    return Engine::sm90a;
+  return can_run_mma_gradients(s) ? Engine::mma : Engine::fma;
+}
+
+const char* name_of(Engine engine) {
+  switch (engine) {
+    case Engine::sm90a:
+      return "sm90a";
+    case Engine::mma:
+      return "mma";
+    case Engine::fma:
+      break;
+  }
+  return "fma";
+}
+
 void pack_for(Engine engine, const GemmShape& s, bool forward, const void* weight, void* packed,
               const DeviceGuard& guard, const ExecContext& ctx) {
   const PackedOrder order = engine == Engine::sm90a ? by_tap(s, forward) : by_output(s);
@@ -127,25 +148,23 @@ std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape, const E
   return packed_bytes(gemm_shape(shape));
 }
 
-std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext&) {
-  // Either kernel may run: an address that is no multiple of 16 keeps a shape from the tensor
-  // cores.
+std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
+  // Any kernel may run: an address that is no multiple of 16 keeps a shape from the tensor cores.
   const GemmShape s = gemm_shape(shape);
   index_t parts = split_of(s, false).parts;
   if (can_run_mma_gradients(s) && split_of(s, true).parts > parts) parts = split_of(s, true).parts;
-  return static_cast<std::size_t>(parts * s.weights()) * sizeof(float);
+  const std::size_t portable = static_cast<std::size_t>(parts * s.weights()) * sizeof(float);
+  if (weight_engine_for(shape, s, true, ctx) != Engine::sm90a) return portable;
+  const std::size_t hopper = sm90_weight_grad_workspace(s);
+  return hopper > portable ? hopper : portable;
 }
 
 const char* causal_conv3d_engine(const Conv3dShape& shape, bool forward, const ExecContext& ctx) {
-  switch (engine_for(shape, gemm_shape(shape), forward, true, ctx)) {
-    case Engine::sm90a:
-      return "sm90a";
-    case Engine::mma:
-      return "mma";
-    case Engine::fma:
-      break;
-  }
-  return "fma";
+  return name_of(engine_for(shape, gemm_shape(shape), forward, true, ctx));
+}
+
+const char* causal_conv3d_weight_grad_engine(const Conv3dShape& shape, const ExecContext& ctx) {
+  return name_of(weight_engine_for(shape, gemm_shape(shape), true, ctx));
 }
 
 void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext& ctx) {
@@ -207,12 +226,17 @@ void causal_conv3d_weight_grad(const Conv3dWeightGradParams& params, const ExecC
   if (total == 0) return;
   const DeviceGuard guard(ctx, "causal_conv3d weight gradient");
   const bool aligned = aligned_16(params.x) && aligned_16(params.history) && aligned_16(params.dy);
-  const bool on_tensor_cores = can_run_mma_gradients(s) && aligned;
-  const WeightSplit split = split_of(s, on_tensor_cores);
+  const Engine engine = weight_engine_for(params.shape, s, aligned, ctx);
+  WeightProblem problem{
+      s, params.x, params.history, params.dy, static_cast<float*>(params.workspace), {}};
+  if (engine == Engine::sm90a) {
+    sm90_weight_grad(problem, params.dweight, guard, ctx);
+    return guard.finish();
+  }
+  problem.split = split_of(s, engine == Engine::mma);
+  const WeightSplit& split = problem.split;
   check(split.parts <= 65535, "causal_conv3d: more than 65535 parts of the weight gradient");
-  const WeightProblem problem{
-      s, params.x, params.history, params.dy, static_cast<float*>(params.workspace), split};
-  if (on_tensor_cores)
+  if (engine == Engine::mma)
     weight_mma(problem, guard, ctx);
   else
     weight_fma(problem, guard, ctx);

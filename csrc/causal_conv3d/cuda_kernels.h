@@ -1,7 +1,7 @@
 // causal_conv3d on CUDA: what cuda.cu chooses among.
 // Previous hop: cuda.cu.
-// Next hop: sm90_gather.cu, cuda_gather_mma.cu, cuda_gather_fma.cu, cuda_weight_mma.cu,
-// cuda_weight_fma.cu.
+// Next hop: sm90_gather.cu, sm90_weight.cu, cuda_gather_mma.cu, cuda_gather_fma.cu,
+// cuda_weight_mma.cu, cuda_weight_fma.cu.
 #pragma once
 
 #include "causal_conv3d/causal_conv3d.h"
@@ -29,8 +29,9 @@ struct WeightProblem {
   const void* x;
   const void* history;
   const void* dy;
-  float* partial;  // [parts, Cout, KT, KH, KW, Cin / groups]
-  WeightSplit split;
+  // [parts, Cout, KT, KH, KW, Cin / groups]; for sm_90a the slots of sm90_weight_plan.h.
+  float* partial;
+  WeightSplit split;  // not for sm_90a
 };
 
 // Tensor cores take 16-bit types and move 16 bytes at a time: the channels that run innermost in
@@ -61,6 +62,10 @@ void gather_fma_input_grad(const GatherProblem& p, const DeviceGuard& guard,
                            const ExecContext& ctx);
 void sm90_gather(const GatherProblem& p, bool forward, const DeviceGuard& guard,
                  const ExecContext& ctx);
+// Bytes of `partial`; and the whole gradient, its parts added up.
+std::size_t sm90_weight_grad_workspace(const GemmShape& s);
+void sm90_weight_grad(const WeightProblem& p, void* dweight, const DeviceGuard& guard,
+                      const ExecContext& ctx);
 void weight_mma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 void weight_fma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 

@@ -20,6 +20,7 @@
 // matrix product. L2 gives 48 KB a step of 4.2 MFLOP (9 TB/s at that rate: the first suspect).
 #include "causal_conv3d/cuda_kernels.h"
 #include "causal_conv3d/sm90_schedule.h"
+#include "causal_conv3d/sm90_view.h"
 #include "common/cuda/convert.cuh"
 #include "common/cuda/hopper.cuh"
 #include "common/cuda/swizzle.h"
@@ -236,19 +237,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       consume<T, kPixels>(p, base, group - 1);
     }
   }
-}
-
-// The views of a tensor [N, frames, H, W, C] by the remainders of h and w modulo the strides.
-TensorMap view_of(const void* base, int channels, const GemmShape& s, int h, int w, int frames,
-                  int stride_h, int stride_w, int remainder, const int (&box)[5], const char* op) {
-  const index_t c = channels, row = w * c, frame = h * row;
-  const int rh = remainder / stride_w, rw = remainder % stride_w;
-  TensorView view{static_cast<const char*>(base) + (rh * row + rw * c) * 2,
-                  {c, ceil_div(w - rw, stride_w), ceil_div(h - rh, stride_h), frames, s.batch},
-                  {1, c * stride_w, row * stride_h, frame, frame * frames},
-                  {box[0], box[1], box[2], box[3], box[4]},
-                  s.dtype};
-  return tensor_map(view, op);
 }
 
 Sm90Problem make_problem(const GatherProblem& g, bool forward, int multiprocessors,

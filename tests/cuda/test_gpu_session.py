@@ -94,19 +94,30 @@ def test_table_names_the_winner() -> None:
 
 def test_kernels_off_by_default_are_tested_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     # One that hangs may cost its own stage, not the tests of the others; and is then not measured.
-    asked: list[tuple[float, tuple[str, ...]]] = []
+    asked: list[tuple[str, ...]] = []
+    gather, weight_grad = gpu_session.SM90A_TESTS.values()
 
     def pytest_of(seconds: float, *arguments: str) -> dict[str, Any]:
-        asked.append((seconds, arguments))
-        return {"status": 124}
+        asked.append(arguments)
+        return {"status": 124 if arguments == (gather,) else 0}
 
     monkeypatch.setattr(gpu_session, "_pytest", pytest_of)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     gpu_session.tests(float("inf"))
-    assert not gpu_session.sm90a(float("inf"))["served"]
-    assert asked[0][1] == (f"--ignore={gpu_session.SM90A_TESTS}",)
-    assert asked[1][1] == (gpu_session.SM90A_TESTS,)
-    assert (ROOT / gpu_session.SM90A_TESTS).is_file()
+    stage = gpu_session.sm90a(float("inf"))
+    assert stage["served"] == ["weight_grad"]
+    assert stage["status"] == 124
+    assert asked == [(f"--ignore={gather}", f"--ignore={weight_grad}"), (gather,), (weight_grad,)]
+    assert all((ROOT / path).is_file() for path in gpu_session.SM90A_TESTS.values())
+
+
+def test_rows_name_the_kernels_that_may_serve_them() -> None:
+    kernels = [gpu_rows._conv_row({**PROBLEM, "channels": [64, 64]}, "bfloat16", work).sm90a
+               for work in ("forward", "input_grad", "weight_grad")]  # fmt: skip
+    assert kernels == [("gather",), ("gather",), ("weight_grad",)]
+    assert gpu_rows._conv_row(PROBLEM, "bfloat16", "weight_grad").sm90a == ()
+    named = {kernel for row in gpu_rows.all_rows() for kernel in row.sm90a}
+    assert named == set(gpu_session.SM90A_TESTS)
 
 
 def test_whole_models_run_both_ways() -> None:

@@ -165,22 +165,28 @@ __device__ __forceinline__ void product_sums_ready(float (&d)[kCount]) {
 #define MF_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MF_D16(d, i) MF_D4(d, i), MF_D4(d, i + 4), MF_D4(d, i + 8), MF_D4(d, i + 12)
 #define MF_D64(d, i) MF_D16(d, i), MF_D16(d, i + 16), MF_D16(d, i + 32), MF_D16(d, i + 48)
-#define MF_LIST_64                                                                             \
+#define MF_D32(d, i) MF_D16(d, i), MF_D16(d, i + 16)
+#define MF_LIST_32                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
-  "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-  "%56, %57, %58, %59, %60, %61, %62, %63"
-#define MF_LIST_128                                                                              \
-  MF_LIST_64                                                                                     \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
-  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "   \
-  "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, "   \
-  "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define MF_PRODUCT(shape, type, list, a, b, keep)                                      \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MF_LIST_64                                                                          \
+  MF_LIST_32                                                                                \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MF_LIST_96                                                                          \
+  MF_LIST_64                                                                                \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define MF_LIST_128                                                                            \
+  MF_LIST_96                                                                                   \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "   \
+  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+  "%126, %127"
+#define MF_PRODUCT(shape, type, list, a, b, keep, major)                               \
   "{\n.reg .pred keep;\nsetp.ne.b32 keep, " keep                                       \
   ", 0;\n"                                                                             \
   "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" list "}, " a ", " b \
-  ", keep, 1, 1, 0, 0;\n}\n"
+  ", keep, 1, 1, " major ";\n}\n"
 
 // `keep` false: d is overwritten. Both operands K-major.
 template <class T, int kColumns>
@@ -191,26 +197,63 @@ __device__ __forceinline__ void product(float (&d)[kColumns / 2], std::uint64_t 
   static_assert(kBf16 || std::is_same_v<T, __half>);
   [[maybe_unused]] const int kept = keep ? 1 : 0;
   if constexpr (kColumns == 256 && kBf16)
-    MF_SM90A_ASM(
-        MF_PRODUCT("m64n256k16", "bf16", MF_LIST_128, "%128", "%129", "%130") : MF_D64(d, 0),
-        MF_D64(d, 64) : "l"(a), "l"(b), "r"(kept));
+    MF_SM90A_ASM(MF_PRODUCT("m64n256k16", "bf16", MF_LIST_128, "%128", "%129", "%130",
+                            "0, 0") : MF_D64(d, 0),
+                 MF_D64(d, 64) : "l"(a), "l"(b), "r"(kept));
   else if constexpr (kColumns == 256)
     MF_SM90A_ASM(
-        MF_PRODUCT("m64n256k16", "f16", MF_LIST_128, "%128", "%129", "%130") : MF_D64(d, 0),
+        MF_PRODUCT("m64n256k16", "f16", MF_LIST_128, "%128", "%129", "%130", "0, 0") : MF_D64(d, 0),
         MF_D64(d, 64) : "l"(a), "l"(b), "r"(kept));
   else if constexpr (kBf16)
-    MF_SM90A_ASM(
-        MF_PRODUCT("m64n128k16", "bf16", MF_LIST_64, "%64", "%65", "%66") : MF_D64(d, 0) : "l"(a),
-        "l"(b), "r"(kept));
+    MF_SM90A_ASM(MF_PRODUCT("m64n128k16", "bf16", MF_LIST_64, "%64", "%65", "%66", "0, 0") : MF_D64(
+                     d, 0) : "l"(a),
+                 "l"(b), "r"(kept));
   else
+    MF_SM90A_ASM(MF_PRODUCT("m64n128k16", "f16", MF_LIST_64, "%64", "%65", "%66", "0, 0") : MF_D64(
+                     d, 0) : "l"(a),
+                 "l"(b), "r"(kept));
+}
+
+// Both operands MN-major (wgmma_descriptor_mn).
+template <class T, int kColumns>
+__device__ __forceinline__ void product_mn(float (&d)[kColumns / 2], std::uint64_t a,
+                                           std::uint64_t b, bool keep) {
+  static_assert(kColumns == 64 || kColumns == 128 || kColumns == 192);
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  static_assert(kBf16 || std::is_same_v<T, __half>);
+  [[maybe_unused]] const int kept = keep ? 1 : 0;
+  if constexpr (kColumns == 192 && kBf16)
     MF_SM90A_ASM(
-        MF_PRODUCT("m64n128k16", "f16", MF_LIST_64, "%64", "%65", "%66") : MF_D64(d, 0) : "l"(a),
-        "l"(b), "r"(kept));
+        MF_PRODUCT("m64n192k16", "bf16", MF_LIST_96, "%96", "%97", "%98", "1, 1") : MF_D64(d, 0),
+        MF_D32(d, 64) : "l"(a), "l"(b), "r"(kept));
+  else if constexpr (kColumns == 192)
+    MF_SM90A_ASM(
+        MF_PRODUCT("m64n192k16", "f16", MF_LIST_96, "%96", "%97", "%98", "1, 1") : MF_D64(d, 0),
+        MF_D32(d, 64) : "l"(a), "l"(b), "r"(kept));
+  else if constexpr (kColumns == 128 && kBf16)
+    MF_SM90A_ASM(MF_PRODUCT("m64n128k16", "bf16", MF_LIST_64, "%64", "%65", "%66", "1, 1") : MF_D64(
+                     d, 0) : "l"(a),
+                 "l"(b), "r"(kept));
+  else if constexpr (kColumns == 128)
+    MF_SM90A_ASM(MF_PRODUCT("m64n128k16", "f16", MF_LIST_64, "%64", "%65", "%66", "1, 1") : MF_D64(
+                     d, 0) : "l"(a),
+                 "l"(b), "r"(kept));
+  else if constexpr (kBf16)
+    MF_SM90A_ASM(MF_PRODUCT("m64n64k16", "bf16", MF_LIST_32, "%32", "%33", "%34", "1, 1") : MF_D32(
+                     d, 0) : "l"(a),
+                 "l"(b), "r"(kept));
+  else
+    MF_SM90A_ASM(MF_PRODUCT("m64n64k16", "f16", MF_LIST_32, "%32", "%33", "%34", "1, 1") : MF_D32(
+                     d, 0) : "l"(a),
+                 "l"(b), "r"(kept));
 }
 #undef MF_PRODUCT
 #undef MF_LIST_128
+#undef MF_LIST_96
 #undef MF_LIST_64
+#undef MF_LIST_32
 #undef MF_D64
+#undef MF_D32
 #undef MF_D16
 #undef MF_D4
 

@@ -30,4 +30,15 @@ MF_HOST_DEVICE constexpr std::uint64_t wgmma_descriptor(std::uint32_t shared_add
 }
 constexpr std::uint64_t kWgmmaSlice = 32 >> 4;  // what a k-slice adds to a descriptor
 
+// The same for an operand whose rows are what is summed over (MN-major: row k of the tile holds 64
+// neighbors of the other index). Leading dimension: from 64 of them to the next 64. Stride
+// dimension: from eight k to the next eight, 1024 bytes in a dense tile. `start` and `leading` are
+// multiples of 1024; a k-slice of 16 adds 2048 bytes.
+MF_HOST_DEVICE constexpr std::uint64_t wgmma_descriptor_mn(std::uint32_t start,
+                                                           std::uint32_t leading) {
+  return static_cast<std::uint64_t>((start & 0x3ffffu) >> 4) |
+         static_cast<std::uint64_t>(leading >> 4) << 16 |
+         static_cast<std::uint64_t>(kSwizzleAtomBytes >> 4) << 32 | std::uint64_t{1} << 62;
+}
+
 }  // namespace magvit_fast::cuda

@@ -161,18 +161,38 @@ inline void product_wait() {
 template <int kCount>
 inline void product_sums_ready(float (&)[kCount]) {}
 
-// Rows of 16 elements as a descriptor names them, widened, one row of the result per element.
+// Where a descriptor puts elements, after the manual's table of canonical layouts: index i of the
+// rows (columns) of the result and k of the sum, before the swizzle.
+//   K-major   ((8, m), 16): ((128 bytes, stride), 2 bytes), inside of a row of 128 bytes
+//   MN-major  ((64, m), (8, 2)): ((2 bytes, leading), (128 bytes, stride))
+struct Descriptor {
+  std::uint32_t start, leading, stride;
+  bool mn_major;
+
+  Descriptor(std::uint64_t bits, bool mn_major_) : mn_major(mn_major_) {
+    if ((bits >> 62) != 1 || (bits >> 49 & 7) != 0)
+      ::emulator::fail("emulator: a descriptor other than of a 128-byte swizzle from its start");
+    start = static_cast<std::uint32_t>(bits & 0x3fff) << 4;
+    leading = static_cast<std::uint32_t>(bits >> 16 & 0x3fff) << 4;
+    stride = static_cast<std::uint32_t>(bits >> 32 & 0x3fff) << 4;
+    // Off the period of the swizzle, the base offset would have to say so.
+    if (stride % 1024 != 0 || (mn_major && (start % 1024 != 0 || leading % 1024 != 0)))
+      ::emulator::fail("emulator: a descriptor off the period of the swizzle");
+  }
+  std::uint32_t at(std::uint32_t i, std::uint32_t k) const {
+    if (mn_major) return start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128;
+    return start + i / 8 * stride + i % 8 * 128 + k * 2;
+  }
+};
+
+// 16 elements of each of `rows`, widened, [16][rows].
 template <class T>
-std::vector<float> operand(std::uint64_t descriptor, int rows) {
-  if ((descriptor >> 62) != 1 || (descriptor >> 49 & 7) != 0)
-    ::emulator::fail("emulator: a descriptor other than of a 128-byte swizzle from its start");
-  const auto start = static_cast<std::uint32_t>(descriptor & 0x3fff) << 4;
-  const auto eight_rows = static_cast<std::uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+std::vector<float> operand(const Descriptor& descriptor, int rows) {
   std::vector<float> values(static_cast<std::size_t>(rows) * 16);
   for (int r = 0; r < rows; ++r)
     for (int k = 0; k < 16; ++k) {
-      const std::uint32_t plain = start + static_cast<std::uint32_t>(r / 8) * eight_rows +
-                                  static_cast<std::uint32_t>(r % 8 * 128 + k * 2);
+      const std::uint32_t plain =
+          descriptor.at(static_cast<std::uint32_t>(r), static_cast<std::uint32_t>(k));
       T value;
       std::memcpy(&value, ::emulator::shared_pointer(plain ^ ((plain >> 7 & 7u) << 4), 2, 2), 2);
       values[static_cast<std::size_t>(k * rows + r)] = static_cast<float>(value);
@@ -182,7 +202,7 @@ std::vector<float> operand(std::uint64_t descriptor, int rows) {
 
 // The whole 64 x kColumns product, kept for the other threads of the warpgroup until what it was
 // made of changes.
-template <class T, int kColumns>
+template <class T, int kColumns, bool kMnMajor>
 __attribute__((optimize("O3"))) const float* whole_product(std::uint64_t a, std::uint64_t b) {
   struct Kept {
     std::uint64_t a = 0, b = 0;
@@ -191,15 +211,16 @@ __attribute__((optimize("O3"))) const float* whole_product(std::uint64_t a, std:
   };
   static Kept cache[32];
   static unsigned next = 0;
-  const auto version_of = [](std::uint64_t descriptor, std::uint32_t rows) {
-    return ::emulator::shared_version(static_cast<std::uint32_t>(descriptor & 0x3fff) << 4 & ~1023u,
-                                      rows * 128);
+  const Descriptor of_a(a, kMnMajor), of_b(b, kMnMajor);
+  const auto version_of = [](const Descriptor& d, std::uint32_t rows) {
+    const std::uint32_t first = d.start & ~1023u;
+    return ::emulator::shared_version(first, d.at(rows - 1, 15) - first);
   };
-  const unsigned long of_a = version_of(a, 64), of_b = version_of(b, kColumns);
-  const unsigned long version = of_a > of_b ? of_a : of_b;
+  const unsigned long version_a = version_of(of_a, 64), version_b = version_of(of_b, kColumns);
+  const unsigned long version = version_a > version_b ? version_a : version_b;
   for (const Kept& kept : cache)
     if (kept.a == a && kept.b == b && kept.version == version) return kept.values.data();
-  const std::vector<float> left = operand<T>(a, 64), right = operand<T>(b, kColumns);
+  const std::vector<float> left = operand<T>(of_a, 64), right = operand<T>(of_b, kColumns);
   Kept& kept = cache[next++ % 32];
   kept.a = a, kept.b = b, kept.version = version;
   kept.values.assign(64 * kColumns, 0.0f);
@@ -214,18 +235,26 @@ __attribute__((optimize("O3"))) const float* whole_product(std::uint64_t a, std:
   return kept.values.data();
 }
 
-template <class T, int kColumns>
-inline void product(float (&d)[kColumns / 2], std::uint64_t a, std::uint64_t b, bool keep) {
+template <class T, int kColumns, bool kMnMajor>
+inline void any_product(float (&d)[kColumns / 2], std::uint64_t a, std::uint64_t b, bool keep) {
   const int thread = ::emulator::thread() % 128, lane = thread % 32;
   const int row = thread / 32 * 16 + lane / 4;
   float* sums = d;
   ::emulator::product([=] {
-    const float* whole = whole_product<T, kColumns>(a, b);
+    const float* whole = whole_product<T, kColumns, kMnMajor>(a, b);
     for (int i = 0; i < kColumns / 2; ++i) {
       const int r = row + (i % 4 >= 2 ? 8 : 0), c = i / 4 * 8 + lane % 4 * 2 + i % 2;
       sums[i] = (keep ? sums[i] : 0.0f) + whole[r * kColumns + c];
     }
   });
+}
+template <class T, int kColumns>
+inline void product(float (&d)[kColumns / 2], std::uint64_t a, std::uint64_t b, bool keep) {
+  any_product<T, kColumns, false>(d, a, b, keep);
+}
+template <class T, int kColumns>
+inline void product_mn(float (&d)[kColumns / 2], std::uint64_t a, std::uint64_t b, bool keep) {
+  any_product<T, kColumns, true>(d, a, b, keep);
 }
 
 }  // namespace magvit_fast::cuda
