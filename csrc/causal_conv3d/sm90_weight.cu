@@ -44,8 +44,6 @@ constexpr int kXSlabBytes = (kGradBox + kGradRun - 1) * kBoxRowBytes;
 constexpr int kStageBytes = kSlabs * (kDySlabBytes + kXSlabBytes), kStages = 6;
 constexpr int kFull = kStages * kStageBytes, kEmpty = kFull + kStages * 8;
 constexpr int kSharedBytes = kEmpty + kStages * 8 + kSwizzleAtomBytes;  // last: for alignment
-constexpr int kSlicePixels = 16, kSliceBytes = kSlicePixels * kSwizzleRowBytes;
-constexpr int kSlices = kGradBox * kGradBox / kSlicePixels;
 
 struct WeightGradProblem {
   TensorMap dy;
@@ -84,6 +82,7 @@ __device__ __forceinline__ void produce(const WeightGradProblem& p, std::uint32_
 template <class T, int kTaps>
 __device__ __forceinline__ void multiply(std::uint32_t base, int group, Sm90Ring<kStages>& ring,
                                          int steps, float* slot) {
+  constexpr int kSlices = kGradBox * kGradBox / 16, kSliceBytes = 16 * kSwizzleRowBytes;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) % kGroup / 32;
   float sum[kSlabs][kTaps * kSlab / 2];  // [slab of x][tap, 64 channels of x]
