@@ -118,7 +118,7 @@ void take_taps(const Conv3dShape& s, const Side& side, const void* weight, void*
                int num_threads) {
   const index_t height = s.h.kernel, width = s.w.kernel, count = side.row ? width : height;
   const index_t first = side.row ? side.tap * width : side.tap, step = side.row ? 1 : width;
-  const index_t pairs = s.in_channels * s.out_channels;
+  const index_t pairs = s.in_channels / s.groups * s.out_channels;
   parallel_ranges(pairs * s.t.kernel, num_threads, [&](index_t begin, index_t end, int) {
     for (index_t i = begin; i < end; ++i) {
       const T* from = static_cast<const T*>(weight) + i * height * width + first;
@@ -137,8 +137,8 @@ struct Lines {
       : shape(line_shape(s, side)) {
     const index_t bytes = dtype_bytes(s.dtype), width = shape.w.source;
     dy = workspace.take<char>(s.batch * s.t.out * shape.w.out * s.out_channels * bytes);
-    weight =
-        workspace.take<char>(s.out_channels * s.in_channels * s.t.kernel * shape.w.kernel * bytes);
+    weight = workspace.take<char>(s.out_channels * s.in_channels / s.groups * s.t.kernel *
+                                  shape.w.kernel * bytes);
     dx = workspace.take<char>(s.batch * s.frames * width * s.in_channels * bytes);
     dhistory = workspace.take<char>(s.batch * s.history_frames * width * s.in_channels * bytes);
     rest =

@@ -170,7 +170,11 @@ void winograd_run(const Conv3dShape& shape, Direction direction, const Tensors& 
   Workspace workspace(memory);
   Plan plan(shape, direction, tensors, ctx, workspace);
   if (plan.packed) pack_weights(plan.view, plan.pack, plan.packed, ctx.num_threads);
-  plan.together ? run_together(plan, ctx) : run_apart(plan, ctx);
+  for (index_t g = 0; g < shape.groups; ++g) {
+    plan.together ? run_together(plan, ctx) : run_apart(plan, ctx);
+    plan.next_channels();
+    plan.params.packed += packed_size(plan.view, plan.pack) / shape.groups;
+  }
 }
 
 }  // namespace magvit_fast::cpu

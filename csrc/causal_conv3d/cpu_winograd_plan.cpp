@@ -29,11 +29,12 @@ bool can_serve(const Conv3dShape& s, ConvOp op) {
   const auto plane = [](const AxisMap& a) {
     return a.kernel == 3 && a.stride == 1 && a.dilation == 1;
   };
-  if (s.groups != 1 || !plane(s.h) || !plane(s.w)) return false;
+  if (!plane(s.h) || !plane(s.w)) return false;
   if (s.t.stride != 1 || s.t.dilation != 1 || s.t.kernel > kMaxTimeTaps) return false;
   const index_t back = last_position(s.t) - (s.t.source - 1);
   if (s.t.front >= s.t.kernel || back >= s.t.kernel) return false;
-  if (s.in_channels < kLeastChannels || s.out_channels < kLeastChannels) return false;
+  const index_t least_channels = least(s.in_channels, s.out_channels) / s.groups;
+  if (least_channels < kLeastChannels) return false;
   // cpu_fold.cpp serves one line of copies a side.
   const auto folds = [](const AxisMap& a) {
     return a.mode == PadMode::zeros || (a.front <= 1 && last_position(a) <= a.source);
@@ -48,7 +49,7 @@ bool pays(const Conv3dShape& s, ConvOp op, int isa) {
   const TimePlanner planner(s.t, forward ? Direction::forward : Direction::input_grad,
                             time_share(s));
   const index_t height = forward ? s.h.out : s.h.source, width = forward ? s.w.out : s.w.source;
-  const index_t m = tile_size(s), in = s.in_channels, out = s.out_channels;
+  const index_t m = tile_size(s), in = s.in_channels / s.groups, out = s.out_channels / s.groups;
   const double tiles = static_cast<double>(s.batch * ceil_div(height, m) * ceil_div(width, m));
   const double points = static_cast<double>(winograd_points(m));
   const double rows = static_cast<double>(planner.products());
@@ -80,8 +81,8 @@ WinogradBase::WinogradBase(const Conv3dShape& s, Direction direction, const Tens
                      : output_side(s, tensors.late_source);
   p.target = forward ? output_side(s, tensors.late_target)
                      : source_side(s, tensors.early_target, tensors.late_target);
-  p.reduce = p.source.channels;
-  p.produce = p.target.channels;
+  p.reduce = p.source.channels / s.groups;
+  p.produce = p.target.channels / s.groups;
   p.mirrored = !forward;
   p.kernel_t = s.t.kernel;
   p.sets = planner.sets();
@@ -117,6 +118,18 @@ WinogradTiles WinogradBase::group(index_t i, WinogradLayout& of_group) const {
   of_group = layout;
   of_group.tiles = least(layout.tiles, tiles - first);
   return {first, of_group.tiles};
+}
+
+void WinogradBase::next_channels() {
+  const auto shift = [](auto& address, index_t bytes) {
+    if (address) address = (const_cast<char*>(static_cast<const char*>(address)) + bytes);
+  };
+  WinogradParams& p = params;
+  const index_t sources = p.reduce * dtype_bytes(p.source_type);
+  const index_t targets = p.produce * dtype_bytes(p.target_type);
+  shift(p.source.early, sources), shift(p.source.late, sources);
+  shift(p.target.early, targets), shift(p.target.late, targets);
+  shift(p.residual.late, targets), shift(p.bias, targets);
 }
 
 PackLayout winograd_packing(int isa) {

@@ -25,6 +25,8 @@ struct WinogradBase {
                Workspace& workspace);
   void cut(index_t count);  // the tiles into `count` groups or fewer
   WinogradTiles group(index_t i, WinogradLayout& of_group) const;
+  // A convolution in groups is one after another, each over its own channels of the same tensors.
+  void next_channels();
 };
 
 PackLayout winograd_packing(int isa);

@@ -71,11 +71,12 @@ void add_group(const Plan& plan, const TimeSegment& segment, index_t group,
   });
 }
 
-// [block][in channel][tap][column] to [out channel][in channel][tap].
+// [block][in channel][tap][column] to [out channel][in channel][tap] of a group of channels.
 template <class T>
-void unpack(const Plan& plan, index_t lanes, T* dweight, int num_threads) {
+void unpack(const Plan& plan, index_t group, index_t lanes, T* dweight, int num_threads) {
   const WinogradParams& p = plan.params;
   const index_t taps = p.kernel_t * 9;
+  dweight += group * p.produce * p.reduce * taps;
   parallel_items(plan.blocks * p.reduce, num_threads, [&](index_t i, int) {
     const index_t block = i / p.reduce, k = i % p.reduce, first = block * plan.block_columns;
     const index_t count = least(plan.block_columns, p.produce - first);
@@ -86,6 +87,27 @@ void unpack(const Plan& plan, index_t lanes, T* dweight, int num_threads) {
       for (index_t tap = 0; tap < taps; ++tap) to[tap] = from_float<T>(from[tap * columns + c]);
     }
   });
+}
+
+void run(const Plan& plan, index_t group, DType dtype, void* dweight, const ExecContext& ctx) {
+  parallel_ranges(plan.packed_size, ctx.num_threads, [&](index_t begin, index_t end, int) {
+    std::memset(plan.packed + begin, 0, sizeof(float) * static_cast<std::size_t>(end - begin));
+  });
+  TimeSegment segment;
+  TimePlanner planner = plan.planner;
+  for (index_t s = 0; s < planner.segments(); ++s) {
+    planner.plan(s, segment);
+    for (index_t g = 0; g < plan.groups; ++g) add_group(plan, segment, g, ctx);
+  }
+  const index_t lanes = gather_lanes(ctx.isa);
+  switch (dtype) {
+    case DType::f32:
+      return unpack(plan, group, lanes, static_cast<float*>(dweight), ctx.num_threads);
+    case DType::bf16:
+      return unpack(plan, group, lanes, static_cast<bf16_t*>(dweight), ctx.num_threads);
+    case DType::f16:
+      return unpack(plan, group, lanes, static_cast<f16_t*>(dweight), ctx.num_threads);
+  }
 }
 
 }  // namespace
@@ -99,22 +121,9 @@ std::size_t winograd_weight_grad_workspace(const Conv3dShape& shape, const ExecC
 void winograd_weight_grad(const Conv3dWeightGradParams& params, const ExecContext& ctx) {
   Workspace workspace(params.workspace);
   Plan plan(params.shape, tensors_of(params), ctx, workspace);
-  parallel_ranges(plan.packed_size, ctx.num_threads, [&](index_t begin, index_t end, int) {
-    std::memset(plan.packed + begin, 0, sizeof(float) * static_cast<std::size_t>(end - begin));
-  });
-  TimeSegment segment;
-  for (index_t s = 0; s < plan.planner.segments(); ++s) {
-    plan.planner.plan(s, segment);
-    for (index_t group = 0; group < plan.groups; ++group) add_group(plan, segment, group, ctx);
-  }
-  const index_t lanes = gather_lanes(ctx.isa);
-  switch (params.shape.dtype) {
-    case DType::f32:
-      return unpack(plan, lanes, static_cast<float*>(params.dweight), ctx.num_threads);
-    case DType::bf16:
-      return unpack(plan, lanes, static_cast<bf16_t*>(params.dweight), ctx.num_threads);
-    case DType::f16:
-      return unpack(plan, lanes, static_cast<f16_t*>(params.dweight), ctx.num_threads);
+  for (index_t g = 0; g < params.shape.groups; ++g) {
+    run(plan, g, params.shape.dtype, params.dweight, ctx);
+    plan.next_channels();
   }
 }
 

@@ -41,6 +41,12 @@ PROBLEMS = {
     "flat_kernel": ([16, 16], [3, 8, 8], {"kernel": [1, 3, 3]}),
     "four_taps": ([16, 16], [6, 8, 8], {"kernel": [4, 3, 3]}),
     "wide": ([160, 200], [5, 8, 8], {}),
+    "groups": ([48, 57], [5, 9, 10], {"groups": 3, "history": 1}),
+    "groups_of_replicated_planes": (
+        [64, 80],
+        [4, 24, 26],
+        {"groups": 2, "time_mode": "replicate", "space_mode": "replicate"},
+    ),
 }
 
 
@@ -75,7 +81,8 @@ def test_strict_float32_errs_no_more_than_plain_torch(name, isa_level) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "name", ["parts_of_tiles", "replicate", "replicated_planes", "short_history", "wide"]
+    "name",
+    ["parts_of_tiles", "replicate", "replicated_planes", "short_history", "wide", "groups"],
 )
 def test_half_precision_within_budget(name, dtype, isa_level) -> None:
     problem = _problem(name, dtype)
@@ -108,7 +115,13 @@ def test_the_switch_follows_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["replicated_planes", "reflected_planes", "replicated_on_two_sides"]
+    "name",
+    [
+        "replicated_planes",
+        "reflected_planes",
+        "replicated_on_two_sides",
+        "groups_of_replicated_planes",
+    ],
 )
 def test_input_gradients_of_copied_borders_go_by_winograd(name) -> None:
     problem = _problem(name)

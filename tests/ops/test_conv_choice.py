@@ -14,7 +14,11 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # dtype, (C_in, C_out, kernel), other arguments, gradients wanted -> whether PyTorch does it
 CASES = [
     (F32, (32, 32, 3), {}, True, False),
-    (F32, (32, 32, 3), {"groups": 2}, False, True),
+    (F32, (32, 32, 3), {"groups": 2}, False, False),
+    (F32, (24, 24, 3), {"groups": 2}, False, True),
+    (F32, (32, 32, 3), {"groups": 2, "dilation": 2}, False, True),
+    (F32, (32, 32, 3), {"groups": 2, "stride": 2}, True, True),
+    (F32, (128, 128, 2), {"groups": 2, "stride": 2}, True, False),
     (F32, (32, 32, 3), {"groups": 32, "stride": 2}, True, False),
     (F32, (24, 24, 3), {"groups": 12}, True, False),
     (F32, (32, 32, 1), {}, True, False),
@@ -23,6 +27,7 @@ CASES = [
     (F16, (32, 32, 1), {}, False, False),
     (BF16, (32, 32, 3), {}, True, False),
     (BF16, (32, 32, 3), {"groups": 2}, False, MULTIPLIES_BF16),
+    (BF16, (64, 64, 3), {"groups": 2}, True, False),
     (BF16, (32, 32, 3), {"groups": 32}, True, False),
     (BF16, (32, 32, 1), {}, True, MULTIPLIES_BF16),
     (BF16, (3, 32, 3), {}, False, MULTIPLIES_BF16),

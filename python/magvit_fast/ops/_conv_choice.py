@@ -15,15 +15,24 @@ from magvit_fast import _native
 _NARROW = 16  # channels; fewer fill no register of a bfloat16 product
 # float32 of a register; below AVX2, where none permutes them, depthwise convolutions alone
 _LANES = {"baseline": 2, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+# channels of a group, by (3x3 plane at stride and dilation 1, float32)
+_WIDE_GROUP = {(True, True): 16, (True, False): 32, (False, True): 64, (False, False): 64}
 
 
-def _groups_share_registers(weight: Tensor, groups: int) -> bool:
-    """Groups of few channels have a kernel of their own (csrc/causal_conv3d/grouped.h)."""
-    widest = max(weight.shape[1], weight.shape[0] // groups)
-    return 2 * widest <= _LANES[_native.ISA_LEVELS[_native.isa()]]
+def _groups_are_faster(
+    weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> bool:
+    """Several groups in a register, or groups wide enough, by Winograd's algorithm earlier."""
+    channels = (weight.shape[1], weight.shape[0] // groups)
+    if 2 * max(channels) <= _LANES[_native.ISA_LEVELS[_native.isa()]]:
+        return True
+    winograd = weight.shape[3:] == (3, 3) and max(*stride, *dilation) == 1
+    return min(channels) >= _WIDE_GROUP[winograd, weight.dtype == torch.float32]
 
 
-def torch_is_faster(x: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
+def torch_is_faster(
+    x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> bool:
     """Whether oneDNN was measured to beat the native kernel by more than noise on such a layer.
 
     It must not depend on sizes in time or plane: chunks of a stream take the way of the whole.
@@ -33,7 +42,7 @@ def torch_is_faster(x: Tensor, weight: Tensor, stride: Sequence[int], groups: in
     if x.dtype == torch.bfloat16 and _native.isa() < _native.ISA_LEVELS.index("avx512_bf16"):
         return False  # oneDNN widens there, too
     if groups > 1:
-        return not _groups_share_registers(weight, groups)
+        return not _groups_are_faster(weight, stride, dilation, groups)
     if x.dtype == torch.float32:
         return False
     if max(weight.shape[2:]) == 1:

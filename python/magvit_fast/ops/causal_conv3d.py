@@ -431,7 +431,7 @@ def causal_conv3d(
     if residual is not None:
         _conv_checks.check_residual(residual, x, _out_shape(x, weight, geometry))
     obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
-    slower = torch_is_faster(x, weight, steps, groups)
+    slower = torch_is_faster(x, weight, steps, spread, groups)
     if _native.use_native("causal_conv3d", impl, obstacle, slower=slower):
         return _forward(x, history, weight, bias, residual, geometry)
     return reference(x, history, weight, bias, residual, geometry)
