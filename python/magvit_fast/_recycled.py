@@ -4,7 +4,9 @@ The C library gives memory of more than 32 MiB back to the system as soon as it 
 anew for the next result, page by page, each cleared at its first writing: longer than a kernel
 takes that runs at the speed of memory, and on virtual machines whose host takes free pages away ten
 times as long. So the last few large results are remembered by their storage; one that nobody else
-holds any more becomes the next result of its size. To its holders a remembered storage is as any
+holds any more becomes the next result of its size. One of another size lets go of all that is free,
+so that hardly more memory is in use than without (MAGVIT-v2 base, encoding 17x128x128: 397 MiB beyond
+the weights; 381 without this, 516 if free memory of other sizes were kept). To its holders a remembered storage is as any
 other: it may be resized, shared between processes, and outlive what is remembered here.
 """
 
@@ -70,6 +72,7 @@ def take(x: Tensor) -> bool:
                 _blocks.append(_blocks.pop(at))
                 x.set_(block.storage, 0, x.shape, x.stride())
                 return True
+        _blocks[:] = [held for held in _blocks if not held[1].is_free()]
         while held_bytes() + size > MOST_BYTES:
             _blocks.pop(0)
         _blocks.append((size, _Block(size)))

@@ -90,8 +90,6 @@ def test_the_memory_remembered_is_limited() -> None:
         kept = [_take() for _ in range(count)]
         assert _recycled.held_bytes() <= 4 * SIZE
         assert len({x.data_ptr() for x in kept}) == count
-    del kept
-    assert not _recycled.take(torch.empty(3 * SIZE, dtype=torch.uint8))
     assert _recycled.held_bytes() == 4 * SIZE
     for size in (SIZE - 1, 4 * SIZE + 1):  # too small, too large
         assert not _recycled.take(torch.empty(size, dtype=torch.uint8))
@@ -100,10 +98,13 @@ def test_the_memory_remembered_is_limited() -> None:
     assert _recycled.held_bytes() == 0
 
 
-def test_another_size_is_not_taken() -> None:
-    _take()
+def test_another_size_is_not_taken_and_frees_what_is_free() -> None:
+    used = _take()
+    _take(2 * SIZE)
+    assert _recycled.held_bytes() == 3 * SIZE
     x = torch.empty(SIZE + 64, dtype=torch.uint8)
     assert not _recycled.take(x)
+    assert _recycled.held_bytes() == used.nbytes + x.nbytes
 
 
 def test_in_inference_mode_and_back() -> None:
