@@ -196,8 +196,9 @@ void bind_causal_conv3d(pybind11::module_& m) {
         pieces.push_back(piece);
       });
     for (int index = 0; index < plan.tiles; ++index) {
+      const Sm90Slots slots = sm90_slots_of_tile(plan, index);
       sums.emplace_back();
-      sm90_slots_of_tile(plan, index, [&](index_t slot) { sums.back().push_back(slot); });
+      for (int i = 0; i < slots.count; ++i) sums.back().push_back(slots.first + i);
     }
     return std::make_tuple(head, pieces, sums);
   });

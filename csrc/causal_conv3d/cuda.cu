@@ -5,6 +5,7 @@
 // cuda_weight_mma.cu, cuda_weight_fma.cu; gemm_rows.h is the geometry.
 #include "causal_conv3d/cuda_kernels.h"
 #include "causal_conv3d/sm90_weight_schedule.h"
+#include "causal_conv3d/sum_parts.cuh"
 #include "common/cuda/convert.cuh"
 #include "common/cuda/hopper.cuh"
 
@@ -50,20 +51,15 @@ __global__ void pack_weight_kernel(const T* weight, T* packed, PackedOrder order
   }
 }
 
-// The parts in their order, and back from [Cout, taps, channels] to the weight's own layout.
-template <class T>
-__global__ void sum_parts_kernel(const float* partial, T* dweight, index_t parts, index_t outs,
-                                 index_t channels, index_t taps) {
-  const index_t total = outs * channels * taps;
-  const index_t step = static_cast<index_t>(gridDim.x) * blockDim.x;
-  for (index_t i = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < total;
-       i += step) {
-    float sum = 0.0f;
-    for (index_t part = 0; part < parts; ++part) sum += partial[part * total + i];
-    const index_t channel = i % channels, tap = i / channels % taps, cout = i / channels / taps;
-    dweight[(cout * channels + channel) * taps + tap] = static_cast<T>(sum);
+// Parts as the portable kernels leave them, [Cout, taps, channels].
+struct WholeParts {
+  index_t weights;
+  int parts, channels, taps;
+
+  __device__ PartRow row(int out, int first, int tap) const {
+    return {(static_cast<index_t>(out) * taps + tap) * channels + first, weights, parts};
   }
-}
+};
 
 std::size_t packed_bytes(const GemmShape& s) {
   return static_cast<std::size_t>(s.weights() * dtype_bytes(s.dtype));
@@ -240,12 +236,9 @@ void causal_conv3d_weight_grad(const Conv3dWeightGradParams& params, const ExecC
     weight_mma(problem, guard, ctx);
   else
     weight_fma(problem, guard, ctx);
-  with_type(s.dtype, [&](auto type) {
-    using T = decltype(type);
-    launch(guard, ctx, sum_parts_kernel<T>, dim3(blocks_for(total, kThreads)), kThreads, 0,
-           problem.partial, static_cast<T*>(params.dweight), split.parts, index_t{s.out_channels},
-           index_t{s.group_in()}, index_t{s.taps()});
-  });
+  const WholeParts parts{total, static_cast<int>(split.parts), s.group_in(), s.taps()};
+  sum_parts(parts, problem.partial, params.dweight, s.dtype, s.out_channels, s.group_in(), s.taps(),
+            guard, ctx);
   guard.finish();
 }
 

@@ -13,8 +13,7 @@
 // 64 channels of x at all three taps, the leading dimension of its descriptor being that row.
 //
 // A block's stretch of steps meets one tile of dweight or more. The sums of each piece go to a slot
-// of the workspace as float32; a second kernel adds the slots of a tile in the order of the blocks,
-// rounds, and turns [taps][channels] into the weight's own [channels][taps].
+// of the workspace as float32; sum_parts.cuh adds the slots of a tile in the order of the blocks.
 //
 // dy outside of its plane is a zero of the copy engine, which x is still multiplied by: an infinity
 // in x spreads to taps that do not read it.
@@ -26,6 +25,7 @@
 #include "causal_conv3d/cuda_kernels.h"
 #include "causal_conv3d/sm90_view.h"
 #include "causal_conv3d/sm90_weight_schedule.h"
+#include "causal_conv3d/sum_parts.cuh"
 #include "common/cuda/convert.cuh"
 #include "common/cuda/hopper.cuh"
 #include "common/cuda/swizzle.h"
@@ -160,39 +160,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-constexpr unsigned kSumThreads = 256;
-constexpr int kSumChannels = 32;  // of x, of one channel of dy, in a block: a lane each
+// For sum_parts.cuh.
+struct SlotsOfTiles {
+  Sm90WeightPlan plan;
 
-// Adds the slots of every tile in their order. A block turns [taps][channels] around in shared
-// memory, so that it reads rows of 128 bytes and writes one run.
-template <class T>
-__global__ void sm90_sum_slots_kernel(const __grid_constant__ Sm90WeightPlan p, const float* slots,
-                                      T* dweight) {
-  T* turned = reinterpret_cast<T*>(dynamic_shared());  // [kSumChannels][taps]
-  const int taps = p.plane_taps * p.t.kernel;
-  const int across = ceil_div(p.in_channels, kSumChannels);
-  const int out = static_cast<int>(blockIdx.x) / across;
-  const int first = static_cast<int>(blockIdx.x) % across * kSumChannels;
-  const int left = p.in_channels - first, channels = left < kSumChannels ? left : kSumChannels;
-  const int lane = static_cast<int>(threadIdx.x) % 32, channel = first + lane;
-  const int warps = static_cast<int>(kSumThreads) / 32;
-  for (int tap = static_cast<int>(threadIdx.x) / 32; tap < taps; tap += warps) {
-    const int plane = tap % p.plane_taps;
+  __device__ PartRow row(int out, int first, int tap) const {
+    const int of_plane = tap % plan.plane_taps;
     const int tile = sm90_weight_tile_index(
-        p, {p.run_of[plane], out / kGradTile, first / kGradTile, tap / p.plane_taps});
-    const int place = (p.place_of[plane] * kGradTile + out % kGradTile) * kGradTile;
-    float sum = 0.0f;
-    sm90_slots_of_tile(p, tile, [&](index_t slot) {
-      sum += slots[slot * p.slot_floats() + place + channel % kGradTile];
-    });
-    if (lane < channels) turned[lane * taps + tap] = static_cast<T>(sum);
+        plan, {plan.run_of[of_plane], out / kGradTile, first / kGradTile, tap / plan.plane_taps});
+    const Sm90Slots slots = sm90_slots_of_tile(plan, tile);
+    const int place = (plan.place_of[of_plane] * kGradTile + out % kGradTile) * kGradTile;
+    return {slots.first * plan.slot_floats() + place + first % kGradTile, plan.slot_floats(),
+            slots.count};
   }
-  __syncthreads();
-  T* to = dweight + (static_cast<index_t>(out) * p.in_channels + first) * taps;
-  for (int i = static_cast<int>(threadIdx.x); i < channels * taps;
-       i += static_cast<int>(kSumThreads))
-    to[i] = turned[i];
-}
+};
 
 WeightGradProblem make_problem(const WeightProblem& g, const Sm90WeightPlan& plan, const char* op) {
   const GemmShape& s = g.shape;
@@ -222,21 +203,17 @@ void sm90_weight_grad(const WeightProblem& g, void* dweight, const DeviceGuard& 
                       const ExecContext& ctx) {
   const GemmShape& s = g.shape;
   const Sm90WeightPlan plan = sm90_weight_plan(s);
-  const dim3 sums(grid_blocks(index_t{s.out_channels} * ceil_div(s.in_channels, kSumChannels),
-                              "causal_conv3d: more than 2^31 - 1 blocks of weights"));
   with_half_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    if (plan.steps > 0) {
-      const auto kernel = plan.longest_run == 3   ? sm90_weight_kernel<T, 3>
-                          : plan.longest_run == 2 ? sm90_weight_kernel<T, 2>
-                                                  : sm90_weight_kernel<T, 1>;
+    const auto kernel = plan.longest_run == 3   ? sm90_weight_kernel<T, 3>
+                        : plan.longest_run == 2 ? sm90_weight_kernel<T, 2>
+                                                : sm90_weight_kernel<T, 1>;
+    if (plan.steps > 0)
       launch(guard, ctx, kernel, dim3(static_cast<unsigned>(plan.blocks)), kThreads, kSharedBytes,
              make_problem(g, plan, guard.op()));
-    }
-    launch(guard, ctx, sm90_sum_slots_kernel<T>, sums, kSumThreads,
-           sizeof(T) * kSumChannels * static_cast<std::size_t>(s.taps()), plan, g.partial,
-           static_cast<T*>(dweight));
   });
+  sum_parts(SlotsOfTiles{plan}, g.partial, dweight, s.dtype, s.out_channels, s.in_channels,
+            s.taps(), guard, ctx);
 }
 
 }  // namespace magvit_fast::cuda

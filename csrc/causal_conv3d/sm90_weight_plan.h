@@ -117,15 +117,16 @@ MF_HOST_DEVICE inline index_t sm90_weight_slots(const Sm90WeightPlan& p) {
   return index_t{p.blocks} + p.tiles - 1;
 }
 
-// visit(slot) for every piece of a tile, in the order of summation.
-template <class Visit>
-MF_HOST_DEVICE inline void sm90_slots_of_tile(const Sm90WeightPlan& p, int tile,
-                                              const Visit& visit) {
+// The slots of a tile, one after the other in the order of summation; none where it has no steps.
+struct Sm90Slots {
+  index_t first;
+  int count;
+};
+MF_HOST_DEVICE inline Sm90Slots sm90_slots_of_tile(const Sm90WeightPlan& p, int tile) {
   const Sm90Steps all = sm90_steps_of_tile(p, tile);
-  if (all.first == all.last) return;
-  const int last = p.block_of(all.last - 1);
-  for (int block = p.block_of(all.first); block <= last; ++block)
-    visit(sm90_weight_slot(block, tile));
+  if (all.first == all.last) return {0, 0};
+  const int first = p.block_of(all.first), last = p.block_of(all.last - 1);
+  return {sm90_weight_slot(first, tile), last - first + 1};
 }
 
 // A step of a tile: box (h, w) of frame t of clip n of dy; goes through memory order.

@@ -149,15 +149,17 @@ def test_blocks_share_the_work(channels: int, size: tuple[int, int, int]) -> Non
     assert written.max() <= -(-tiles // BLOCKS) + 1
 
 
-def test_columns_of_taps_run_side_by_side() -> None:
-    # 44 blocks for each of the three columns of a 3 x 3 plane read the same boxes of dy at the same time, so
-    # that the L2 cache is filled once for all three.
-    pieces = Walk({**DEFAULTS, "channels": (128, 128), "size": (9, 32, 32), "batch": 4}).pieces
+@pytest.mark.parametrize(("channels", "walks"), [(128, 3), (256, 12)])
+def test_tiles_that_read_alike_run_side_by_side(channels: int, walks: int) -> None:
+    # The columns of a 3 x 3 plane, and pairs of channel tiles: 132 / walks blocks each, that read the same boxes
+    # of dy at the same time, so that the L2 cache is filled once for all of them.
+    size = (6, 32, 32)
+    pieces = Walk({**DEFAULTS, "channels": (channels,) * 2, "size": size, "batch": 11}).pieces
     boxes = [np.concatenate([body[:, :4] for (b, *_), body in pieces if b == block])
              for block in range(BLOCKS)]  # fmt: skip
-    for block in range(44):
-        for column in (1, 2):
-            np.testing.assert_array_equal(boxes[block], boxes[block + column * 44])
+    side = BLOCKS // walks
+    for block in range(BLOCKS):
+        np.testing.assert_array_equal(boxes[block], boxes[block % side])
 
 
 @pytest.mark.parametrize(
