@@ -89,7 +89,7 @@ def numbers_of(case: Case, dtype: torch.dtype) -> list[int]:
     x, weight, _, *rest = inputs
     geometry = geometry_of(case)
     history = rest[0] if rest else None
-    y_size = op._out_shape(x, history, weight, geometry)
+    y_size = op._out_shape(x, weight, geometry)
     frames = 0 if history is None else history.shape[2]
     numbers: list[int] = op._shape_numbers(
         x.shape, frames, y_size, weight.shape[2:], dtype, geometry

@@ -139,7 +139,7 @@ def test_layers_of_the_tokenizer(problem: dict[str, Any]) -> None:
         if _engine(case, torch.bfloat16, device) != "sm90a":
             pytest.skip("left to the portable kernels")
     inputs = _inputs(case, torch.bfloat16, device)
-    size = sm90.op._out_shape(inputs[0], None, inputs[1], sm90.geometry_of(case))
+    size = sm90.op._out_shape(inputs[0], inputs[1], sm90.geometry_of(case))
     dy = torch.randn(size, device=device, dtype=torch.bfloat16)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = _reference_gradient([t.float() for t in inputs], dy.float(), case)
