@@ -6,6 +6,7 @@
 // results do not depend on threads.
 #include "causal_conv3d/causal_conv3d.h"
 #include "causal_conv3d/cpu_grouped.h"
+#include "causal_conv3d/cpu_point_grad.h"
 #include "causal_conv3d/cpu_sides.h"
 #include "causal_conv3d/cpu_winograd.h"
 #include "causal_conv3d/cpu_winograd_plan.h"
@@ -193,6 +194,7 @@ std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const 
   if (grouped_serves(shape, ctx.isa)) return grouped_weight_grad_workspace(shape, ctx);
   if (winograd_serves(shape, ConvOp::weight_grad, ctx.isa))
     return winograd_weight_grad_workspace(shape, ctx);
+  if (point_grad_serves(shape)) return point_grad_workspace(shape, ctx);
   Workspace workspace(nullptr);
   make_plan(Sides(shape, ctx.isa), {shape, nullptr, nullptr, nullptr, nullptr, nullptr}, ctx,
             workspace);
@@ -201,6 +203,7 @@ std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const 
 
 void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
   if (winograd_serves(p.shape, ConvOp::weight_grad, ctx.isa)) return winograd_weight_grad(p, ctx);
+  if (point_grad_serves(p.shape)) return point_grad(p, ctx);
   if (grouped_serves(p.shape, ctx.isa)) return grouped_weight_grad(p, ctx);
   check(p.shape.w.source * p.shape.in_channels < (index_t{1} << 31),
         "causal_conv3d: a row of x has more than 2^31 elements");
