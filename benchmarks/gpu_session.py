@@ -20,24 +20,25 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import gpu_rows, gpu_timing
+from benchmarks import gpu_process, gpu_rows, gpu_timing
 from benchmarks.gpu_row import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "tests", "sm90a", "bench")
-BUILD_SECONDS, TEST_SECONDS, SM90A_SECONDS = 240, 120, 40  # the last one of a kernel
+BUILD_SECONDS, TEST_SECONDS, SM90A_SECONDS = 240, 120, 75  # the last one of a kernel
+ROW_SECONDS, LATE_SECONDS = 100, 30  # of one row; that the last one may take beyond the deadline
+HANG_SECONDS = 30  # after so long a test says where it is
 SM90A_TESTS = {  # of the kernels that are off by default
     "gather": "tests/cuda/test_causal_conv3d_sm90.py",
     "weight_grad": "tests/cuda/test_causal_conv3d_sm90_weight.py",
 }
 SM90A = "ours, sm90a kernels"  # the way's name
-KEPT_LOG = 6000  # characters of a stage's output that go into the JSON
 
 
 def machine() -> dict[str, Any]:
@@ -77,34 +78,6 @@ def _first_line(command: list[str], containing: str = "") -> str | None:
     return lines[0] if lines and done.returncode == 0 else None
 
 
-def run_logged(
-    command: list[str], seconds: float, env: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """Run a stage's command: its status, its time and the end of what it said."""
-    print("$", " ".join(command), flush=True)
-    begin = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, timeout=seconds, check=False, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        status, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
-        out = late.stdout or ""
-        text = out.decode(errors="replace") if isinstance(out, bytes) else out
-        status, text = 124, f"{text}\nstopped after {seconds:.0f} s"
-    except OSError as error:
-        status, text = 127, str(error)
-    spent = time.perf_counter() - begin
-    print(text[-3000:], flush=True)
-    return {
-        "command": command,
-        "status": status,
-        "seconds": round(spent, 1),
-        "log": text[-KEPT_LOG:],
-    }
-
-
 def build(deadline: float) -> dict[str, Any]:
     """Configure and build in build/gpu, for this machine's architecture alone; cores beside the sources."""
     major, minor = torch.cuda.get_device_capability()
@@ -120,7 +93,7 @@ def build(deadline: float) -> dict[str, Any]:
     result: dict[str, Any] = {"status": 0, "steps": []}
     for command in steps:
         left = min(BUILD_SECONDS, deadline - time.perf_counter())
-        result["steps"].append(run_logged(command, left))
+        result["steps"].append(gpu_process.run_logged(command, left))
         result["status"] = result["steps"][-1]["status"]
         if result["status"] != 0:
             break
@@ -135,9 +108,11 @@ def _pytest(seconds: float, *arguments: str) -> dict[str, Any]:
     if missing:
         return {"status": 127, "log": f"not installed here: {', '.join(missing)}"}
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--maxfail=40", "--tb=short",
+    # -v: the name of a test is told before it runs; warnings of another torch are no failures.
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "--maxfail=40", "--tb=short",
+               "-W", "default", "-o", f"faulthandler_timeout={HANG_SECONDS}",
                "--continue-on-collection-errors", "-p", "no:cacheprovider", *arguments]  # fmt: skip
-    return run_logged(command, seconds, env)
+    return gpu_process.run_logged(command, seconds, env)
 
 
 def tests(deadline: float) -> dict[str, Any]:
@@ -196,6 +171,11 @@ def _measure_way(
     return {**vars(timing), "informative": informative}
 
 
+def uses(row: Row, served: Sequence[str]) -> bool:
+    """Whether a row is measured with kernels that are off by default."""
+    return bool(row.sm90a) and set(row.sm90a) <= set(served)
+
+
 def measure_row(row: Row, seconds: float, served: Sequence[str] = ()) -> dict[str, Any]:
     """Every way of a row; a way that fails is recorded and the others are measured."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size if row.rotate else 0
@@ -203,7 +183,7 @@ def measure_row(row: Row, seconds: float, served: Sequence[str] = ()) -> dict[st
                               "items": row.items, "item": row.item, "ways": {}}  # fmt: skip
     sets = gpu_timing.rotation(row.make, l2)
     own = {"ours": row.ours} if row.ours else {}
-    if row.sm90a and set(row.sm90a) <= set(served):
+    if uses(row, served):
         own[SM90A] = _with_sm90a(row.ours)
     for name, call in {**own, **row.ways, **row.informative}.items():
         result["ways"][name] = _measure_way(row, call, sets, seconds, name in row.informative)
@@ -217,33 +197,34 @@ def measure_row(row: Row, seconds: float, served: Sequence[str] = ()) -> dict[st
 
 
 def bench(
-    deadline: float, only: str | None, seconds: float, served: Sequence[str],
-    rows_out: list[dict[str, Any]],
+    deadline: float, only: str | None, seconds: float, served: Sequence[str], path: Path,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """All rows until the deadline. Results go to rows_out as they come, so that none is lost."""
-    sys.path.insert(0, str(ROOT / "python"))
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    left_out = []
-    for row in gpu_rows.all_rows():
-        if only and not re.search(only, row.name):
-            continue
-        if time.perf_counter() > deadline:
-            left_out.append(row.name)
-            continue
-        try:
-            result = measure_row(row, seconds, served)
-        except Exception as error:
-            result = {
-                "row": row.name,
-                "ways": {},
-                "error": f"{type(error).__name__}: {error}"[:500],
-            }
-        rows_out.append(result)
-        print(_table_line(result), flush=True)
-        torch.cuda.empty_cache()
-    return {"status": 0, "left_out": left_out}
+    """All rows until the deadline, in a process that begins again behind a row that hangs or ends it."""
+    lines: list[dict[str, Any]] = []
+    ends: list[int] = []
+
+    def heard(line: dict[str, Any]) -> None:
+        lines.append(line)
+        if "row" in line:
+            keep(line)
+            print(_table_line(line), flush=True)
+
+    path.unlink(missing_ok=True)
+    while not ends or ends[-1] != 0:
+        known, left = len(lines), deadline - time.perf_counter()
+        command = [sys.executable, "-m", "benchmarks.gpu_worker", str(path), f"--seconds={seconds}",
+                   f"--limit={left}", *([f"--only={only}"] if only else []),
+                   "--served", *served]  # fmt: skip
+        ends.append(gpu_process.follow(command, path, left + LATE_SECONDS, ROW_SECONDS, heard))
+        if len(lines) == known:  # not one row was begun: neither would the next process
+            break
+    done = {line["row"] for line in lines if "row" in line}
+    for name in dict.fromkeys(line["begin"] for line in lines if "begin" in line):
+        if name not in done:
+            keep({"row": name, "ways": {}, "error": "hung, or ended the process"})
+    left_out = next((line["left_out"] for line in lines if "left_out" in line), [])
+    return {"status": ends[-1], "ends": ends, "left_out": left_out}
 
 
 def _best(result: dict[str, Any]) -> tuple[str, float] | None:
@@ -347,6 +328,15 @@ def main() -> int:
         return 2
     deadline = time.perf_counter() + args.minutes * 60 - 10
     report: dict[str, Any] = {"machine": machine(), "only": args.only, "stages": {}, "rows": []}
+    path = _output_path(report)
+
+    def save() -> None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+    def keep(result: dict[str, Any]) -> None:
+        report["rows"].append(result)
+        save()
+
     work = {
         "build": lambda: build(deadline),
         "tests": lambda: tests(deadline),
@@ -356,7 +346,8 @@ def main() -> int:
             args.only,
             args.seconds,
             report["stages"].get("sm90a", {}).get("served", []),
-            report["rows"],
+            path.with_name("gpu-rows.jsonl"),
+            keep,
         ),
     }
     for name in STAGES:
@@ -365,10 +356,9 @@ def main() -> int:
         try:
             report["stages"][name] = work[name]()
         except Exception:
-            report["stages"][name] = {"status": 1, "log": traceback.format_exc()[-KEPT_LOG:]}
+            report["stages"][name] = {"status": 1, "log": traceback.format_exc()}
             print(report["stages"][name]["log"], flush=True)
-        path = _output_path(report)  # written after every stage: a crash keeps what there is
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        save()  # after every stage and row: whatever ends this keeps what there is
     text = table(report)
     path.with_suffix(".md").write_text(text + "\n")
     print(f"\nkept in {path}\n\n{text}")
