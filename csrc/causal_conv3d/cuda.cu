@@ -1,8 +1,10 @@
 // causal_conv3d on CUDA: packs the weights, chooses the kernel, adds up the parts of the weight
 // gradient. Previous hop: bindings.cpp. Next hop: sm90_gather.cu and sm90_weight.cu (Hopper, where
-// they are asked for),
-// cuda_gather_mma.cu (16-bit, tensor cores), cuda_gather_fma.cu (float32, any channel count),
-// cuda_weight_mma.cu, cuda_weight_fma.cu; gemm_rows.h is the geometry.
+// they are asked for), cuda_thin_*.cu (16-bit, a few channels on one side), cuda_gather_mma.cu
+// (16-bit, tensor cores), cuda_gather_fma.cu (float32, any channel count), cuda_weight_mma.cu,
+// cuda_weight_fma.cu; gemm_rows.h is the geometry.
+#include <algorithm>
+
 #include "causal_conv3d/cuda_kernels.h"
 #include "causal_conv3d/sm90_weight_schedule.h"
 #include "causal_conv3d/sum_parts.cuh"
@@ -92,13 +94,15 @@ PackedOrder by_tap(const GemmShape& s, bool forward) {
   return {1, s.out_channels, all};
 }
 
-enum class Engine { sm90a, mma, fma };
+enum class Engine { sm90a, thin_sum, thin_result, thin_weight, mma, fma };
 
 // `aligned`: whether every address is a multiple of 16.
 Engine engine_for(const Conv3dShape& shape, const GemmShape& s, bool forward, bool aligned,
                   const ExecContext& ctx) {
   if (!aligned) return Engine::fma;
   if (shape.sm90a && can_run_sm90(s) && has_sm90a(ctx, "causal_conv3d")) return Engine::sm90a;
+  if (can_run_thin_sum(s, forward)) return Engine::thin_sum;
+  if (forward && can_run_thin_result(s, ctx)) return Engine::thin_result;
   const bool on_tensor_cores = forward ? can_run_mma_forward(s) : can_run_mma_gradients(s);
   return on_tensor_cores ? Engine::mma : Engine::fma;
 }
@@ -108,6 +112,7 @@ Engine weight_engine_for(const Conv3dShape& shape, const GemmShape& s, bool alig
   if (!aligned) return Engine::fma;
   if (shape.sm90a && can_run_sm90_weight(s) && has_sm90a(ctx, "causal_conv3d"))
     return Engine::sm90a;
+  if (can_run_thin_weight(s)) return Engine::thin_weight;
   return can_run_mma_gradients(s) ? Engine::mma : Engine::fma;
 }
 
@@ -115,6 +120,10 @@ const char* name_of(Engine engine) {
   switch (engine) {
     case Engine::sm90a:
       return "sm90a";
+    case Engine::thin_sum:
+    case Engine::thin_result:
+    case Engine::thin_weight:
+      return "thin";
     case Engine::mma:
       return "mma";
     case Engine::fma:
@@ -134,25 +143,44 @@ WeightSplit split_of(const GemmShape& s, bool on_tensor_cores) {
   return weight_split(gemm_rows<true>(s), tiles.count);
 }
 
+// The cells of a thin tensor stand behind what else the workspace holds.
+std::size_t cells_place(std::size_t bytes) { return round_up(bytes, std::size_t{256}); }
+std::size_t with_cells(std::size_t bytes, const GemmShape& s, bool of_sources) {
+  if (!has_thin_cells(s, of_sources)) return bytes;
+  return cells_place(bytes) + static_cast<std::size_t>(thin_plan(s, of_sources).quads()) * 8;
+}
+void* cells_in(void* workspace, std::size_t bytes) {
+  return static_cast<unsigned char*>(workspace) + cells_place(bytes);
+}
+
+std::size_t parts_bytes(const GemmShape& s, const WeightSplit& split) {
+  return static_cast<std::size_t>(split.parts * s.weights()) * sizeof(float);
+}
+
 }  // namespace
 
 std::size_t causal_conv3d_forward_workspace(const Conv3dShape& shape, const ExecContext&) {
-  return packed_bytes(gemm_shape(shape));
+  const GemmShape s = gemm_shape(shape);
+  return with_cells(packed_bytes(s), s, true);
 }
 
 std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape, const ExecContext&) {
-  return packed_bytes(gemm_shape(shape));
+  const GemmShape s = gemm_shape(shape);
+  return with_cells(packed_bytes(s), s, false);
 }
 
 std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
   // Any kernel may run: an address that is no multiple of 16 keeps a shape from the tensor cores.
   const GemmShape s = gemm_shape(shape);
-  index_t parts = split_of(s, false).parts;
-  if (can_run_mma_gradients(s) && split_of(s, true).parts > parts) parts = split_of(s, true).parts;
-  const std::size_t portable = static_cast<std::size_t>(parts * s.weights()) * sizeof(float);
-  if (weight_engine_for(shape, s, true, ctx) != Engine::sm90a) return portable;
-  const std::size_t hopper = sm90_weight_grad_workspace(s);
-  return hopper > portable ? hopper : portable;
+  std::size_t bytes = parts_bytes(s, split_of(s, false));
+  if (can_run_mma_gradients(s)) bytes = std::max(bytes, parts_bytes(s, split_of(s, true)));
+  if (can_run_thin_weight(s)) {
+    const std::size_t parts = parts_bytes(s, thin_weight_split(s));
+    bytes = std::max({bytes, with_cells(parts, s, true), with_cells(parts, s, false)});
+  }
+  if (weight_engine_for(shape, s, true, ctx) == Engine::sm90a)
+    bytes = std::max(bytes, sm90_weight_grad_workspace(s));
+  return bytes;
 }
 
 const char* causal_conv3d_engine(const Conv3dShape& shape, bool forward, const ExecContext& ctx) {
@@ -182,6 +210,10 @@ void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext&
                               nullptr};
   if (engine == Engine::sm90a)
     sm90_gather(problem, true, guard, ctx);
+  else if (engine == Engine::thin_sum)
+    thin_sum(problem, true, cells_in(params.workspace, packed_bytes(s)), guard, ctx);
+  else if (engine == Engine::thin_result)
+    thin_result(problem, guard, ctx);
   else if (engine == Engine::mma)
     gather_mma_forward(problem, guard, ctx);
   else
@@ -209,6 +241,8 @@ void causal_conv3d_input_grad(const Conv3dInputGradParams& params, const ExecCon
       params.dhistory};
   if (engine == Engine::sm90a)
     sm90_gather(problem, false, guard, ctx);
+  else if (engine == Engine::thin_sum)
+    thin_sum(problem, false, cells_in(params.workspace, packed_bytes(s)), guard, ctx);
   else if (engine == Engine::mma)
     gather_mma_input_grad(problem, guard, ctx);
   else
@@ -229,10 +263,13 @@ void causal_conv3d_weight_grad(const Conv3dWeightGradParams& params, const ExecC
     sm90_weight_grad(problem, params.dweight, guard, ctx);
     return guard.finish();
   }
-  problem.split = split_of(s, engine == Engine::mma);
+  problem.split =
+      engine == Engine::thin_weight ? thin_weight_split(s) : split_of(s, engine == Engine::mma);
   const WeightSplit& split = problem.split;
   check(split.parts <= 65535, "causal_conv3d: more than 65535 parts of the weight gradient");
-  if (engine == Engine::mma)
+  if (engine == Engine::thin_weight)
+    thin_weight(problem, cells_in(params.workspace, parts_bytes(s, split)), guard, ctx);
+  else if (engine == Engine::mma)
     weight_mma(problem, guard, ctx);
   else
     weight_fma(problem, guard, ctx);

@@ -1,11 +1,12 @@
 // causal_conv3d on CUDA: what cuda.cu chooses among.
 // Previous hop: cuda.cu.
 // Next hop: sm90_gather.cu, sm90_weight.cu, cuda_gather_mma.cu, cuda_gather_fma.cu,
-// cuda_weight_mma.cu, cuda_weight_fma.cu.
+// cuda_weight_mma.cu, cuda_weight_fma.cu, cuda_thin_*.cu.
 #pragma once
 
 #include "causal_conv3d/causal_conv3d.h"
 #include "causal_conv3d/gemm_rows.h"
+#include "causal_conv3d/thin_plan.h"
 #include "common/cuda/launch.cuh"
 
 namespace magvit_fast::cuda {
@@ -66,6 +67,21 @@ void sm90_gather(const GatherProblem& p, bool forward, const DeviceGuard& guard,
 std::size_t sm90_weight_grad_workspace(const GemmShape& s);
 void sm90_weight_grad(const WeightProblem& p, void* dweight, const DeviceGuard& guard,
                       const ExecContext& ctx);
+
+// A few channels on one side (thin_plan.h). `cells` is memory for thin_plan().quads() of 8 bytes.
+bool can_run_thin_sum(const GemmShape& s, bool forward);
+bool can_run_thin_result(const GemmShape& s, const ExecContext& ctx);
+bool can_run_thin_weight(const GemmShape& s);
+index_t thin_weight_tiles(const GemmShape& s);
+WeightSplit thin_weight_split(const GemmShape& s);
+void thin_expand(const GemmShape& s, const ThinPlan& plan, const void* thin, const void* history,
+                 void* cells, const DeviceGuard& guard, const ExecContext& ctx);
+void thin_sum(const GatherProblem& p, bool forward, void* cells, const DeviceGuard& guard,
+              const ExecContext& ctx);
+void thin_result(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
+void thin_weight(const WeightProblem& p, void* cells, const DeviceGuard& guard,
+                 const ExecContext& ctx);
+
 void weight_mma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 void weight_fma(const WeightProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 

@@ -63,6 +63,14 @@ void launch(const DeviceGuard& guard, const ExecContext& ctx, void (*kernel)(Exp
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Expected>(arguments)...), guard.op());
 }
 
+// The most dynamic shared memory that a block of the device may ask for.
+inline std::size_t shared_limit(const ExecContext& ctx, const char* op) {
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ctx.device),
+             op);
+  return static_cast<std::size_t>(bytes);
+}
+
 // Blocks for a grid-stride loop over `items`, a few waves at most: more would only queue.
 inline unsigned blocks_for(index_t items, unsigned threads) {
   const index_t wanted = ceil_div(items, static_cast<index_t>(threads));

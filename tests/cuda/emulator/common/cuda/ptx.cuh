@@ -24,6 +24,11 @@ inline void copy_async_16(void* shared, const void* global, bool valid) {
   if (valid) check_aligned(global, 16);
   ::emulator::copy_async(shared, global, 16, valid);
 }
+inline void copy_async_8(void* shared, const void* global, bool valid) {
+  check_aligned(shared, 8);
+  if (valid) check_aligned(global, 8);
+  ::emulator::copy_async(shared, global, 8, valid);
+}
 inline void copy_async_commit() { ::emulator::copy_commit(); }
 template <int kStillPending>
 inline void copy_async_wait() {
