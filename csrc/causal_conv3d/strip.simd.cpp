@@ -7,6 +7,16 @@
 // three of them through one pointer, without tables. Of up to 8 channels a tap is too short a run;
 // there each pixel's taps are copied side by side ("folded"), at most 24 KB of pixels at a time,
 // and the sum is one run per frame.
+//
+// Ladder: 3->16 and 16->16, 3x3x3, 17x64x64, bfloat16, one core of Zen 4. Floor: 0.75 and 3.9 ms.
+// (The first line is twice the time of two threads.)
+//
+//   gather engine, taps of a row side by side          2.3 ms    5.6 ms
+//   v1  strips, runs of the sum, one address and step   1.95      4.6
+//   v2  folded row by row, by pieces of known size      1.44      4.4
+//   v3  a frame copied once for all frames that read it 1.09      4.1
+//
+// What is left: one vector of columns means a broadcast a product, 1.1 cycles each.
 #include "causal_conv3d/strip.h"
 
 #include "causal_conv3d/tile.h"

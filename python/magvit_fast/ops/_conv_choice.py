@@ -12,7 +12,6 @@ from torch import Tensor
 
 from magvit_fast import _native
 
-_NARROW = 16  # channels; fewer fill no register of a bfloat16 product
 # float32 of a register; below AVX2, where none permutes them, depthwise convolutions alone
 _LANES = {"baseline": 2, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
 # channels of a group, by (3x3 plane at stride and dilation 1, float32)
@@ -41,12 +40,4 @@ def torch_is_faster(
         return False
     if x.dtype == torch.bfloat16 and _native.isa() < _native.ISA_LEVELS.index("avx512_bf16"):
         return False  # oneDNN widens there, too
-    if groups > 1:
-        return not _groups_are_faster(weight, stride, dilation, groups)
-    if x.dtype == torch.float32:
-        return False
-    if max(weight.shape[2:]) == 1:
-        return True
-    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    narrow = weight.shape[1] <= _NARROW and max(stride) == 1
-    return narrow and not (gradients and weight.shape[0] > _NARROW)
+    return groups > 1 and not _groups_are_faster(weight, stride, dilation, groups)
