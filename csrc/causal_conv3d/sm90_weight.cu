@@ -51,6 +51,7 @@ struct WeightGradProblem {
   Sm90WeightPlan plan;
   float* slots;
 };
+static_assert(sizeof(WeightGradProblem) <= 4096, "what a kernel may be given as parameters");
 
 // One thread.
 __device__ __forceinline__ void produce(const WeightGradProblem& p, std::uint32_t base) {

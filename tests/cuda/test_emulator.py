@@ -6,6 +6,7 @@ import math
 from types import ModuleType
 
 import pytest
+import torch
 
 
 def test_a_missing_barrier_shows(emulated_core: ModuleType) -> None:
@@ -47,3 +48,13 @@ def test_the_copy_engine_reads_what_was_fenced(emulated_core: ModuleType) -> Non
     assert emulated_core.selftest_write_box(True) == 0x3F80
     with pytest.raises(RuntimeError, match="without a fence"):
         emulated_core.selftest_write_box(False)
+
+
+def test_a_product_of_transposed_operands(emulated_core: ModuleType) -> None:
+    # 8 rows of 64 channels, swizzled by the copy engine; the descriptor names them twice (stride 0).
+    rows = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bits = (rows.view(torch.int16).int() & 0xFFFF).flatten().tolist()
+    product = torch.tensor(emulated_core.selftest_product(bits, 0)).view(64, 64)
+    torch.testing.assert_close(product, 2 * rows.float().T @ rows.float())
+    with pytest.raises(RuntimeError, match="off the period of the swizzle"):
+        emulated_core.selftest_product(bits, 128)

@@ -9,6 +9,7 @@
 
 #include "common/cuda/hopper.cuh"
 #include "common/cuda/ptx.cuh"
+#include "common/cuda/swizzle.h"
 
 namespace magvit_fast {
 namespace {
@@ -81,6 +82,29 @@ void write_box_kernel(cuda::TensorMap map, bool fence) {
   cuda::copy_out_wait();
 }
 
+// One product of transposed operands, 16 rows of 64 channels each: a box at kTile, a row of 128
+// bytes or more further down, times itself.
+void product_kernel(cuda::TensorMap map, float* out, std::uint32_t down) {
+  cuda::barrier_init(kBarrier, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    cuda::barrier_arrive_expecting(kBarrier, 1024);
+    cuda::copy_box_in(kTile, &map, kBarrier, 0, 0, 0, 0, 0);
+  }
+  cuda::barrier_wait(kBarrier, 0);
+  float sums[32];
+  const std::uint64_t eight_rows_twice =
+      cuda::wgmma_descriptor_mn(kTile + down, 1024) & ~(std::uint64_t{0x3fff} << 32);
+  cuda::product_begin();
+  cuda::product_mn<__nv_bfloat16, 64>(sums, eight_rows_twice, eight_rows_twice, false);
+  cuda::product_commit();
+  cuda::product_wait<0>();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
+  for (int i = 0; i < 32; ++i)
+    out[(row + i % 4 / 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
 cuda::TensorMap one_box(const void* base) {
   return cuda::tensor_map(
       {base, {64, 8, 1, 1, 1}, {1, 64, 512, 512, 512}, {64, 8, 1, 1, 1}, DType::bf16}, "selftest");
@@ -123,6 +147,14 @@ void bind_selftest(pybind11::module_& m) {
     const auto config = one_block(32);
     cudaLaunchKernelEx(&config, write_box_kernel, one_box(to), fence);
     return static_cast<int>(to[0]);
+  });
+  m.def("selftest_product", [](const std::vector<std::uint16_t>& rows, std::uint32_t down) {
+    alignas(16) std::uint16_t from[512];
+    std::memcpy(from, rows.data(), sizeof(from));
+    std::vector<float> out(64 * 64);
+    auto config = one_block(128);
+    cudaLaunchKernelEx(&config, product_kernel, one_box(from), out.data(), down);
+    return out;
   });
   m.def("selftest_conflict", [] {
     const auto config = one_block(32);
