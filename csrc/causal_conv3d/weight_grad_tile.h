@@ -1,5 +1,6 @@
-// causal_conv3d: packed pixels and the register tile of weight gradients, float32 or bfloat16
-// pairs. Previous hop: weight_grad.simd.cpp, point_grad.simd.cpp. Next hop: tile.h, common/simd.h.
+// causal_conv3d: packed pixels and the register tile of the weight gradients.
+// Previous hop: weight_grad.simd.cpp, point_grad.simd.cpp.
+// Next hop: tile.h, common/simd.h.
 #pragma once
 
 #include "causal_conv3d/tile.h"
