@@ -168,3 +168,29 @@ def test_graph_replay_and_side_stream() -> None:
         to.copy_(source)
     graph.replay()
     assert_equal(dweight, _native_gradient(*fresh, case))
+
+
+@pytest.mark.cuda
+def test_pixels_beyond_32_bits() -> None:
+    # What counts lies beyond 2**31 elements of x and, in bytes, of dy.
+    sm90._need_hopper()
+    free, _ = torch.cuda.mem_get_info()
+    if free < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free device memory")
+    case = Case((128, 64), (17, 1024, 1024), (1, 3, 3))
+    x, dy = (
+        torch.zeros((1, channels, *case.size), device="cuda", dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last_3d
+        )
+        for channels in case.channels
+    )
+    assert x.numel() > 2**31
+    x[:, :, -1, -5:, -5:] = torch.randn(1, 128, 5, 5, device="cuda", dtype=torch.bfloat16)
+    dy[:, :, -1, -3:, -3:] = torch.randn(1, 64, 3, 3, device="cuda", dtype=torch.bfloat16)
+    weight = torch.zeros(64, 128, 1, 3, 3, device="cuda", dtype=torch.bfloat16)
+    inputs = [x, weight, torch.zeros(64, device="cuda", dtype=torch.bfloat16)]
+    actual = _native_gradient(inputs, dy, case)
+    corner = [t[:, :, -1:, -8:, -8:].contiguous() for t in (x, dy)]
+    exact = _reference_gradient([corner[0].double(), *(t.double() for t in inputs[1:])],
+                                corner[1].double(), case)  # fmt: skip
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-2, atol=1e-2)
