@@ -107,11 +107,14 @@ def _pytest(seconds: float, *arguments: str) -> dict[str, Any]:
     ]
     if missing:
         return {"status": 127, "log": f"not installed here: {', '.join(missing)}"}
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "4"}
+    # Most of the time is the host's; and a process that loses its device takes few tests with it.
+    several = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     # -v: the name of a test is told before it runs; warnings of another torch are no failures.
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "--maxfail=40", "--tb=short",
                "-W", "default", "-o", f"faulthandler_timeout={HANG_SECONDS}",
-               "--continue-on-collection-errors", "-p", "no:cacheprovider", *arguments]  # fmt: skip
+               "--continue-on-collection-errors", "-p", "no:cacheprovider", *several,
+               *arguments]  # fmt: skip
     return gpu_process.run_logged(command, seconds, env)
 
 

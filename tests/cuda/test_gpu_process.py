@@ -148,3 +148,17 @@ def test_a_worker_that_cannot_begin_is_started_once(
     stage = gpu_session.bench(until, None, 0.1, [], tmp_path / "rows", kept.append)
     assert stage == {"status": 1, "ends": [1], "left_out": []}
     assert not kept
+
+
+def test_the_tests_say_where_they_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_logged(command: list[str], seconds: float, env: dict[str, str]) -> dict[str, Any]:
+        return {"command": command, "seconds": seconds}
+
+    monkeypatch.setattr(gpu_process, "run_logged", run_logged)
+    done = gpu_session.tests(time.perf_counter() + 1e6)
+    assert done["seconds"] == gpu_session.TEST_SECONDS
+    assert f"faulthandler_timeout={gpu_session.HANG_SECONDS}" in done["command"]
+    assert gpu_session.HANG_SECONDS < gpu_session.SM90A_SECONDS
+    assert [done["command"][at + 1] for at, word in enumerate(done["command"]) if word == "-W"] == [
+        "default"
+    ]
