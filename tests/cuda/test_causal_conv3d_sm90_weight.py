@@ -85,6 +85,8 @@ def test_cases_cover_the_runs_of_taps_and_the_pieces_of_tiles() -> None:
         head, _, sums = _native.core().causal_conv3d_sm90_weight_walk(
             sm90.numbers_of(case, torch.bfloat16)
         )
+        if not head:  # a plane whose padding is written out before
+            continue
         longest.add(head[0][3])
         pieces |= {len(slots) for slots in sums}
     assert longest == {1, 2, 3}
