@@ -14,6 +14,7 @@ help:
 	@echo "make gpu    on a machine with a GPU: build, CUDA tests, all GPU benchmarks"
 	@echo "make dev    build the cores beside the Python sources (PYTHONPATH=python)"
 	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make asan   the tests of the kernels with address and undefined-behavior sanitizers"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,8 +68,9 @@ lint: $(VENV)/.installed
 cuda-compile: $(VENV)/.installed
 	cmake --preset ci && cmake --build --preset ci
 
-asan:
+asan: $(VENV)/.installed
 	cmake --preset asan && cmake --build --preset asan
+	.ci/sanitize build/asan
 
 clean:
 	rm -rf build $(VENV) demo_out

@@ -18,6 +18,12 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   endforeach()
 endif()
 
+# What a sanitizer adds to every access makes the largest of these files take minutes at -O3.
+set(MF_SIMD_OPTIMIZATION -O3)
+if(MAGVIT_FAST_SANITIZE)
+  set(MF_SIMD_OPTIMIZATION -O1)
+endif()
+
 # mf_add_simd(<target> <op> <file>): the file once per level, its code in namespace magvit_fast::<level>.
 function(mf_add_simd target op file)
   get_filename_component(stem "${file}" NAME_WE)
@@ -28,7 +34,7 @@ function(mf_add_simd target op file)
     # The namespace is part of every symbol, so no helper built with newer instructions can be picked
     # by the linker for older ones.
     target_compile_definitions(${object} PRIVATE MF_ISA=${level} MF_ISA_${level}=1)
-    target_compile_options(${object} PRIVATE -O3 -ffp-contract=fast -fno-math-errno
+    target_compile_options(${object} PRIVATE ${MF_SIMD_OPTIMIZATION} -ffp-contract=fast -fno-math-errno
       -fno-trapping-math ${MF_ISA_FLAGS_${level}})
     target_link_libraries(${object} PRIVATE mf_warnings mf_openmp)
     if(level MATCHES "avx512")

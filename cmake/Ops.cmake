@@ -69,10 +69,12 @@ ${MF_OPS_CALLS}#endif
 ")
   list(JOIN MF_ISA_LEVELS "," _levels)
   list(JOIN MAGVIT_FAST_CUDA_ARCHS "," _archs)
+  list(JOIN MAGVIT_FAST_SANITIZE "," _sanitizers)
   foreach(_core_target _core _core_cuda)
     if(TARGET ${_core_target})
       target_compile_definitions(${_core_target} PRIVATE
         MF_BUILT_ISA_LEVELS="${_levels}" MF_BUILT_OPENMP="${MAGVIT_FAST_OPENMP}"
+        MF_BUILT_SANITIZERS="${_sanitizers}"
         MF_BUILT_CUDA_ARCHS="${_archs}" MF_MODULE_NAME=${_core_target})
     endif()
   endforeach()

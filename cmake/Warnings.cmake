@@ -9,6 +9,6 @@ if(MAGVIT_FAST_SANITIZE)
   list(JOIN MAGVIT_FAST_SANITIZE "," _sanitizers)
   target_compile_options(mf_warnings INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${_sanitizers} -fno-sanitize-recover=all
-    -fno-omit-frame-pointer -g>)
+    -fno-omit-frame-pointer -g1>)
   target_link_options(mf_warnings INTERFACE -fsanitize=${_sanitizers})
 endif()

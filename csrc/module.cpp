@@ -18,6 +18,7 @@ PYBIND11_MODULE(MF_MODULE_NAME, m) {
     info["compiler"] = "gcc " __VERSION__;
     info["isa_levels"] = MF_BUILT_ISA_LEVELS;
     info["openmp"] = MF_BUILT_OPENMP;
+    info["sanitizers"] = MF_BUILT_SANITIZERS;
 #ifdef MAGVIT_FAST_CUDA_MODULE
     info["cuda_archs"] = MF_BUILT_CUDA_ARCHS;
     info["cuda_runtime"] = magvit_fast::cuda::runtime_version();

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from magvit_fast import _native
+from magvit_fast import _native, _recycled
 
 # Deadlines measure the machine, not the code; a fixed derandomized profile keeps CI reproducible.
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True)
@@ -28,6 +28,12 @@ def _levels() -> list[str]:
     return list(_native.ISA_LEVELS[: _native.isa() + 1])
 
 
+def sanitizers() -> str:
+    """What the CPU core was built with (`make asan`)."""
+    core = _native._cpu_core
+    return "" if core is None else str(core.build_info().get("sanitizers", ""))
+
+
 @pytest.fixture(params=_levels())
 def isa_level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set that this machine has."""
@@ -40,6 +46,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The index of video files (data/index.py) is not the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fresh_memory() -> Iterator[None]:
+    """Where a sanitizer looks on, every workspace ends where its memory ends, and nothing is recycled."""
+    with pytest.MonkeyPatch.context() as patch:
+        if sanitizers():
+            patch.setattr(_native, "_KEPT_BYTES", 0)
+            patch.setattr(_recycled, "MOST_BYTES", 0)
         yield
 
 

@@ -188,6 +188,7 @@ inline __attribute__((always_inline)) void multiply_lanes(vf (&acc)[MR][N],
     for (int n = 0; n < N; ++n) weights[n] = load_as<__m512bh>(b + n * row);
     MF_UNROLL
     for (int i = 0; i < MR; ++i) {
+      will_load(a[i] + k, static_cast<int>(left < kStep ? left : kStep));
       const __m512bh pixel = (__m512bh)_mm512_maskz_loadu_epi16(lanes, a[i] + k);
       MF_UNROLL
       for (int n = 0; n < N; ++n)

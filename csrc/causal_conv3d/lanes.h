@@ -54,6 +54,7 @@ struct Paired {
   typedef vi Vector;
   static constexpr bool kChained = false;  // the rounding of the result is far coarser
   static Vector source(const T* p, int units) {
+    will_load(p, 2 * units);
     return (vi)_mm512_maskz_loadu_epi32(first_lanes(units), p);
   }
   static Vector weights(const Weight* p) { return load_as<vi>(p); }

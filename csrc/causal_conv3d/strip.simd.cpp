@@ -230,6 +230,8 @@ void copy_values(const bf16_t* from, index_t count, bf16_t* to) {
   index_t i = 0;
   for (; i + kStep <= count; i += kStep) store_as(to + i, load_as<__m512i>(from + i));
   const __mmask32 rest = (1u << (count - i)) - 1u;
+  will_load(from + i, static_cast<int>(count - i));
+  will_store(to + i, static_cast<int>(count - i));
   _mm512_mask_storeu_epi16(to + i, rest, _mm512_maskz_loadu_epi16(rest, from + i));
 }
 #endif

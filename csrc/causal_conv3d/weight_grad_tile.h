@@ -39,6 +39,7 @@ struct Pair {  // bfloat16 products, two rows at a time: the packed element hold
   static constexpr index_t kRows = 2;
   static vu bits(const bf16_t* from, index_t left) {
     if (left >= kLanes) return __builtin_convertvector(load_as<vh>(from), vu);
+    will_load(from, static_cast<int>(left));
     const __m256i some = _mm256_maskz_loadu_epi16(first_lanes(static_cast<int>(left)), from);
     return (vu)_mm512_cvtepu16_epi32(some);
   }

@@ -12,6 +12,11 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __SANITIZE_ADDRESS__
+extern "C" void __asan_loadN(void* p, long bytes);  // of the sanitizer's library
+extern "C" void __asan_storeN(void* p, long bytes);
+#endif
+
 namespace magvit_fast {
 namespace MF_ISA {
 
@@ -39,6 +44,24 @@ static inline V load_as(const void* p) {  // unaligned
 template <class V>
 static inline void store_as(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
+}
+
+// The address sanitizer does not see what masked instructions read and write: it is told before.
+template <class T>
+static inline void will_load(const T* p, int n) {
+#ifdef __SANITIZE_ADDRESS__
+  if (n > 0) __asan_loadN(const_cast<T*>(p), static_cast<long>(sizeof(T)) * n);
+#else
+  (void)p, (void)n;
+#endif
+}
+template <class T>
+static inline void will_store(T* p, int n) {
+#ifdef __SANITIZE_ADDRESS__
+  if (n > 0) __asan_storeN(p, static_cast<long>(sizeof(T)) * n);
+#else
+  (void)p, (void)n;
+#endif
 }
 
 static inline vf load(const float* p) { return load_as<vf>(p); }
@@ -99,24 +122,30 @@ static inline void store_some(T* p, vf v, int n) {
 // The same with the masks of this level: a copy of unknown length is a call.
 static inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 static inline vf load_some(const float* p, int n) {
+  will_load(p, n);
   return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p);
 }
 static inline vf load_some(const bf16_t* p, int n) {
+  will_load(p, n);
   const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(n), p);
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 static inline vf load_some(const f16_t* p, int n) {
+  will_load(p, n);
   return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
 static inline void store_some(float* p, vf v, int n) {
+  will_store(p, n);
   _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
 }
 static inline void store_some(bf16_t* p, vf v, int n) {
+  will_store(p, n);
   bf16_t all[kLanes];
   store(all, v);
   _mm256_mask_storeu_epi16(p, first_lanes(n), load_as<__m256i>(all));
 }
 static inline void store_some(f16_t* p, vf v, int n) {
+  will_store(p, n);
   f16_t all[kLanes];
   store(all, v);
   _mm256_mask_storeu_epi16(p, first_lanes(n), load_as<__m256i>(all));
