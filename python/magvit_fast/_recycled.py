@@ -6,8 +6,9 @@ takes that runs at the speed of memory, and on virtual machines whose host takes
 times as long. So the last few large results are remembered by their storage; one that nobody else
 holds any more becomes the next result of its size. One of another size lets go of all that is free,
 so that hardly more memory is in use than without (MAGVIT-v2 base, encoding 17x128x128: 397 MiB beyond
-the weights; 381 without this, 516 if free memory of other sizes were kept). To its holders a remembered storage is as any
-other: it may be resized, shared between processes, and outlive what is remembered here.
+the weights; 381 without this, 516 if free memory of other sizes were kept). To its holders a
+remembered storage is as any other: it may be resized, shared between processes, and outlive what is
+remembered here.
 """
 
 from __future__ import annotations
