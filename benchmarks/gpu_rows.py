@@ -297,4 +297,4 @@ def all_rows() -> list[Row]:
     rest = [r for r in conv if r not in layers]
     small = [*_remask_rows(), *_lfq_rows(), *_embedding_rows()]
     models = [*tokenizer_rows(), generation_row()]
-    return [*_machine_rows(), *layers[:6], *small, *models, *_norm_rows(), *layers[6:], *rest]
+    return [*_machine_rows(), *layers[:6], *_norm_rows(), *small, *models, *layers[6:], *rest]

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_process, gpu_rows, gpu_timing
+from benchmarks import gpu_probes, gpu_process, gpu_rows, gpu_timing
 from benchmarks.gpu_row import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "tests", "sm90a", "bench")
+STAGES = ("build", "probes", "tests", "sm90a", "bench")
 BUILD_SECONDS, TEST_SECONDS, SM90A_SECONDS = 240, 120, 75  # the last one of a kernel
 ROW_SECONDS, LATE_SECONDS = 100, 30  # of one row; that the last one may take beyond the deadline
 HANG_SECONDS = 30  # after so long a test says where it is
@@ -291,6 +291,7 @@ def table(report: dict[str, Any]) -> str:
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---|",
         *(_table_line(result) for result in report["rows"]),
     ]  # fmt: skip
+    lines += ["", *gpu_probes.lines(report["stages"].get("probes", {}))]
     left = report["stages"].get("bench", {}).get("left_out")
     if left:
         lines.append(f"\n{len(left)} rows left out, the time was up: {', '.join(left[:5])} ...")
@@ -342,6 +343,7 @@ def main() -> int:
 
     work = {
         "build": lambda: build(deadline),
+        "probes": lambda: gpu_probes.probes(torch.cuda.get_device_capability(), deadline),
         "tests": lambda: tests(deadline),
         "sm90a": lambda: sm90a(deadline),
         "bench": lambda: bench(
