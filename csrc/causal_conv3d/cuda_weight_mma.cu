@@ -8,6 +8,10 @@
 // through the transposed matrix load. FLOPs: 2 x pixels x Cout x Cin a tap. Traffic per step: (128
 // + kColumns) x 64 bytes; the parts are written once as float32 and read once by the sum. Limits:
 // 16-bit types, channels of a group in eights, 2^31 - 1 tiles, 65535 parts.
+//
+// Instructions a warp issues in a step of 128 x 128 (counted in the machine code of sm_90a), 32 of
+// them products: v0, every pixel of x looked up from its coordinates, about 365; v1, frame and row
+// looked up where they change, about 200, and 95 more at such a change.
 #include "causal_conv3d/cuda_kernels.h"
 #include "common/cuda/convert.cuh"
 #include "common/cuda/ptx.cuh"
@@ -41,6 +45,30 @@ __device__ __forceinline__ WeightPlace weight_place(index_t block, int taps, int
           in_tile * columns};
 }
 
+// The source pixels that successive pixels of dy read through one tap. Frame and row are looked up
+// where they change, not at every step.
+template <class T>
+struct SourceWalk {
+  PixelWalk at;  // in dy
+  const T* row;  // of the source, at this thread's channels; null: padding
+
+  __device__ __forceinline__ void look_up(const WeightProblem& p, int kt, int kh, int channel) {
+    const GemmShape& s = p.shape;
+    const Gathered from =
+        source_pixel(s, at.n, source_index(s.t, at.t, kt), source_index(s.h, at.h, kh), 0);
+    const T* base = static_cast<const T*>(from.in_history ? p.history : p.x);
+    row = from.pixel < 0 ? nullptr : base + from.pixel * s.in_channels + channel;
+  }
+  __device__ __forceinline__ void advance(const WeightProblem& p, int kt, int kh, int channel) {
+    if (at.w + kDepth < p.shape.w.out) {
+      at.w += kDepth;
+    } else {
+      at.advance(p.shape, kDepth);
+      look_up(p, kt, kh, channel);
+    }
+  }
+};
+
 template <class T, int kColumns>
 __global__ void __launch_bounds__(kThreads, 2)
     weight_mma_kernel(WeightProblem p, int out_tiles, int in_tiles) {
@@ -62,45 +90,46 @@ __global__ void __launch_bounds__(kThreads, 2)
   const index_t begin = blockIdx.y * p.split.pixels_per_part;
   const index_t end =
       begin + p.split.pixels_per_part < pixels ? begin + p.split.pixels_per_part : pixels;
-  const int steps = static_cast<int>(ceil_div(end - begin, static_cast<index_t>(kDepth)));
+  const int full = static_cast<int>((end - begin) / kDepth);  // steps of all pixels
+  const int rest = static_cast<int>((end - begin) % kDepth);
+  const int steps = full + (rest > 0 ? 1 : 0);
 
   // dy: this thread copies chunk thread % 16 of pixels thread / 16 and + 16 of a step.
   const int dy_chunk = thread % kOutChunks, dy_pixel = thread / kOutChunks;
   const int dy_channel = place.first_out + dy_chunk * 8;
   // x: chunk thread % kInChunks of pixels thread / kInChunks (and + 16 where a step has two).
   const int x_chunk = thread % kInChunks, x_pixel = thread / kInChunks;
-  const int x_channel = place.first_in + x_chunk * 8;
-  const bool loads_x = thread < kInUnits && x_channel < in;
-  PixelWalk at[kInRows];
-  for (int i = 0; i < kInRows; ++i) at[i].set(s, begin + x_pixel + i * (kThreads / kInChunks));
+  const bool loads_x = thread < kInUnits && place.first_in + x_chunk * 8 < in;
+  const int x_channel = place.group * in + place.first_in + x_chunk * 8;
+  SourceWalk<T> walk[kInRows];
+  for (int i = 0; i < kInRows; ++i) {
+    walk[i].at.set(s, begin + x_pixel + i * (kThreads / kInChunks));
+    walk[i].look_up(p, kt, kh, x_channel);
+  }
+  const T* dy = static_cast<const T*>(p.dy) + (begin + dy_pixel) * s.out_channels +
+                place.group * out + dy_channel;
 
   unsigned char* stages = dynamic_shared();
-  const auto load_step = [&](int step) {
+  const auto load_step = [&](int step) {  // for every step in turn
     T* dy_tile = reinterpret_cast<T*>(stages + step % kStages * kStageBytes<kColumns>);
     T* x_tile = dy_tile + kDepth * kRows;
-    const index_t first = begin + static_cast<index_t>(step) * kDepth;
+    const int here = step < full ? kDepth : rest;  // pixels
     for (int i = 0; i < 2; ++i) {
       const int row = dy_pixel + i * 16;
-      const bool valid = first + row < end && dy_channel < out;
-      const index_t offset =
-          (first + row) * s.out_channels + static_cast<index_t>(place.group) * out + dy_channel;
+      const bool valid = row < here && dy_channel < out;
       copy_async_16(dy_tile + chunk_at<kOutChunks>(row, dy_chunk) * 8,
-                    static_cast<const T*>(p.dy) + (valid ? offset : 0), valid);
+                    valid ? static_cast<const void*>(dy + i * 16 * s.out_channels) : p.dy, valid);
     }
+    dy += kDepth * s.out_channels;
     for (int i = 0; i < kInRows; ++i) {
       const int row = x_pixel + i * (kThreads / kInChunks);
       if (thread < kInUnits) {
-        Gathered from{-1, false};
-        if (loads_x && first + row < end)
-          from = source_pixel(s, at[i].n, source_index(s.t, at[i].t, kt),
-                              source_index(s.h, at[i].h, kh), source_index(s.w, at[i].w, kw));
-        const bool valid = from.pixel >= 0;
-        const void* base = from.in_history ? p.history : p.x;
-        const index_t offset =
-            from.pixel * s.in_channels + static_cast<index_t>(place.group) * in + x_channel;
-        copy_async_16(x_tile + chunk_at<kInChunks>(row, x_chunk) * 8,
-                      static_cast<const T*>(base) + (valid ? offset : 0), valid);
-        at[i].advance(s, kDepth);
+        const int w = source_index(s.w, walk[i].at.w, kw);
+        const bool valid = loads_x && row < here && walk[i].row != nullptr && w >= 0;
+        const void* from = p.x;
+        if (valid) from = walk[i].row + static_cast<index_t>(w) * s.in_channels;
+        copy_async_16(x_tile + chunk_at<kInChunks>(row, x_chunk) * 8, from, valid);
+        walk[i].advance(p, kt, kh, x_channel);
       }
     }
   };
