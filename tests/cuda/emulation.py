@@ -87,7 +87,10 @@ def build() -> Path:
         f"-I{sysconfig.get_path('include')}",
         "-DMAGVIT_FAST_CUDA_MODULE=1",
         f"-DMF_MODULE_NAME={NAME}",
-        *(f'-DMF_BUILT_{key}="emulated"' for key in ("ISA_LEVELS", "OPENMP", "CUDA_ARCHS")),
+        *(
+            f'-DMF_BUILT_{key}="emulated"'
+            for key in ("ISA_LEVELS", "OPENMP", "CUDA_ARCHS", "SANITIZERS")
+        ),
     ]
 
     def compile_one(source: Path) -> Path:
