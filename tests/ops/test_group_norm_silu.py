@@ -301,3 +301,20 @@ def test_bad_input() -> None:
         mf.group_norm_silu(x, 2, shift=torch.randn(1, 8, 3, 4, 2), factor=(1, 1, 4))
     with pytest.raises(ValueError, match=r"factor: expected"):
         mf.group_norm_silu(x, 2, factor=0)
+
+
+@pytest.mark.parametrize("cell", [1, 2])
+def test_gradients_of_channels_last_maps_are_channels_last(cell: int) -> None:
+    """As the layer that makes scale and shift wants them, and without a copy in either layout."""
+    last = torch.channels_last_3d
+    x = torch.randn(1, 8, 4, 6, 6).contiguous(memory_format=last)
+    maps = [torch.randn(1, 8, 4 // cell, 6, 6).contiguous(memory_format=last) for _ in range(2)]
+    leaves = [v.requires_grad_() for v in maps]
+    y = mf.group_norm_silu(x, 2, scale=maps[0], shift=maps[1], factor=(cell, 1, 1), impl="native")
+    dy = torch.randn_like(y)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        grads = torch.autograd.grad(y, leaves, dy)
+    assert all(g.is_contiguous(memory_format=last) for g in grads)
+    assert grads[0].untyped_storage().data_ptr() != grads[1].untyped_storage().data_ptr()
+    clones = [e.input_shapes[0] for e in profile.events() or () if e.name == "aten::clone"]
+    assert [shape for shape in clones if len(shape) == 5] == []

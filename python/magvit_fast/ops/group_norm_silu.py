@@ -118,6 +118,13 @@ def _like(x: Tensor) -> Tensor:
     return empty_in_format(x, x.shape, is_channels_last(x))
 
 
+def _empty_map(x: Tensor, value: Tensor | None) -> Tensor:
+    """Room for the gradient of scale or shift, in its memory format."""
+    if value is None:
+        return x.new_empty((0,))
+    return empty_in_format(x, value.shape, is_channels_last(value))
+
+
 def _empty_stats(x: Tensor, settings: Settings) -> Tensor:
     spans = x.shape[0] * (x.shape[2] if settings.per_frame else 1)
     return x.new_empty((spans, settings.num_groups, 3), dtype=torch.float32)
@@ -138,8 +145,7 @@ def _fake_backward(
     scale: Tensor | None, shift: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     by_channel = [x.new_empty((x.shape[1],), dtype=torch.float32) for _ in range(2)]
-    maps = [x.new_empty((0,) if v is None else v.shape) for v in (scale, shift)]
-    return _like(x), *by_channel, *maps
+    return _like(x), *by_channel, _empty_map(x, scale), _empty_map(x, shift)
 
 
 torch.library.register_fake(
@@ -262,7 +268,7 @@ def _launch_backward(
     source, upstream = _dense(x, planes), _dense(dy.to(x.dtype), planes)
     dx = _native.in_huge_pages(torch.empty_like(source))
     dweight, dbias = x.new_zeros((2, x.shape[1]), dtype=torch.float32).unbind()
-    maps = [x.new_zeros(0 if v is None else v.shape) for v in (scale, shift)]
+    maps = [_empty_map(x, v) for v in (scale, shift)]
     _native.trace("group_norm_silu_backward", x=tuple(x.shape), dtype=x.dtype, device=x.device,
                   settings=how)  # fmt: skip
     if x.numel():
@@ -270,8 +276,8 @@ def _launch_backward(
         b, c, t, h, w = x.shape
         cell = call.cell
         adaptive = scale is not None or shift is not None
-        size = (2, b, t, -(-h // cell[1]), -(-w // cell[2]), c) if adaptive else (2, 0)
-        by_cell = x.new_empty(size, dtype=torch.float32)
+        size = (b, t, -(-h // cell[1]), -(-w // cell[2]), c) if adaptive else (0,)
+        by_cell = [x.new_empty(size, dtype=torch.float32) for _ in maps]
         core.group_norm_silu_backward(
             call.numbers, upstream.data_ptr(), stats.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
             dbias.data_ptr(), by_cell[0].data_ptr(), by_cell[1].data_ptr(), call.space.data_ptr(),
@@ -280,21 +286,23 @@ def _launch_backward(
         _native.finish(x.device)
         for i, value in enumerate((scale, shift)):
             if value is not None:
-                maps[i] = _sum_to_map(by_cell[i], value, cell[0], _skipped(x, cell[0]))
+                maps[i] = _sum_to_map(by_cell[i], maps[i], cell[0], _skipped(x, cell[0]))
+    else:
+        maps = [m.zero_() for m in maps]
     # clones: results of an op may not share memory
     return _in_format_of(x, dx, planes), dweight.clone(), dbias.clone(), *maps
 
 
-def _sum_to_map(by_cell: Tensor, value: Tensor, cell: int, skipped: int) -> Tensor:
-    """Sums by frame and cell [B, T, cells of h, cells of w, C] -> the shape of scale or shift."""
+def _sum_to_map(by_cell: Tensor, result: Tensor, cell: int, skipped: int) -> Tensor:
+    """Sums by frame and cell [B, T, cells of h, cells of w, C] in the form of `result`: there, or as they lie."""
     b, t, h, w, c = by_cell.shape
     if cell > 1:
         first = cell - skipped  # frames of the first cell that exist
         head = by_cell[:, :first].sum(1, keepdim=True)
         tail = by_cell[:, first:].view(b, (t - first) // cell, cell, h, w, c).sum(2)
         by_cell = torch.cat([head, tail], 1)
-    total = by_cell.permute(0, 4, 1, 2, 3).sum_to_size(value.shape).to(value.dtype)
-    return total.contiguous()
+    total = by_cell.permute(0, 4, 1, 2, 3).sum_to_size(result.shape).to(result.dtype)
+    return total if total.stride() == result.stride() else result.copy_(total)
 
 
 for _device in ("CPU", "CUDA"):
