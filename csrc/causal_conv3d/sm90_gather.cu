@@ -68,6 +68,8 @@ __device__ __forceinline__ void for_each_tile(const Sm90Plan& plan, const Visit&
 template <int kPixels>
 __device__ __forceinline__ void produce(const Sm90Problem& p, std::uint32_t base) {
   using Layout = Shared<kPixels>;
+  prefetch_map(&p.weight);
+  prefetch_map(&p.source[0]);
   Sm90Ring<Layout::stages> ring;
   for_each_tile(p.plan, [&](const Sm90Tile& tile) {
     sm90_walk(p.plan, tile, [&](const Sm90Step& step) {

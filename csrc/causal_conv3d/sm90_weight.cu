@@ -55,6 +55,8 @@ static_assert(sizeof(WeightGradProblem) <= 4096, "what a kernel may be given as 
 
 // One thread.
 __device__ __forceinline__ void produce(const WeightGradProblem& p, std::uint32_t base) {
+  prefetch_map(&p.dy);
+  prefetch_map(&p.x[0]);
   Sm90Ring<kStages> ring;
   const int stage_bytes = kSlabs * (kDySlabBytes + p.plan.box_rows() * kBoxRowBytes);
   sm90_weight_pieces(p.plan, static_cast<int>(blockIdx.x), [&](int index, int first, int last) {
