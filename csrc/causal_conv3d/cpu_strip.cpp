@@ -21,6 +21,8 @@ constexpr index_t kMostPanelBytes = 256 * 1024;  // weights of a block of column
 constexpr index_t kCopiedPixels = 128;           // of an item; rows around them are copied, too
 constexpr index_t kReadPixels = 96;              // of an item that reads in place
 constexpr index_t kLeastItems = 32;              // or time is cut, though the cuts share frames
+constexpr index_t kTurnedPixels = 256;           // of an item with turned strips
+constexpr index_t kMostTurned = 256;             // channels
 constexpr index_t kMostColumns = 256;            // of a strip
 
 bool unpadded(const AxisMap& a) { return a.front <= 0 && last_position(a) < a.source; }
@@ -43,7 +45,9 @@ struct Pass {
     work_type = s.dtype == DType::bf16 && multiplies_bf16(isa) ? DType::bf16 : DType::f32;
     const bool odd = work_type == DType::bf16 && reduce % 2;
     const bool plane = h.kernel * w.kernel > 1;
-    run = w.dilation > 1 && w.kernel > 1            ? StripRun::channels
+    const bool narrow = produce <= kNarrow && reduce > kMostFolded;
+    run = narrow                                    ? StripRun::pixels
+          : w.dilation > 1 && w.kernel > 1          ? StripRun::channels
           : reduce <= kMostFolded && (plane || odd) ? StripRun::frame
                                                     : StripRun::row;
   }
@@ -114,16 +118,24 @@ Plan make_plan(const Conv3dShape& s, Direction direction, const Tensors& tensors
   p.mirrored = pass.mirrored;
   p.source_type = p.target_type = s.dtype;
   p.work_type = pass.work_type;
-  p.copied = p.run == StripRun::frame || p.source_type != p.work_type || !unpadded(pass.w);
+  const bool turned = p.run == StripRun::pixels;
+  p.copied =
+      p.run == StripRun::frame || turned || p.source_type != p.work_type || !unpadded(pass.w);
 
   const index_t width = p.target.width, height = p.target.height;
-  const index_t pixels = p.copied ? kCopiedPixels : kReadPixels;
-  p.columns = part(width, p.copied ? kMostColumns : pixels);
-  p.rows = p.columns < width ? 1 : part(height, pixels < width ? 1 : pixels / width);
+  const index_t pixels = turned ? kTurnedPixels : p.copied ? kCopiedPixels : kReadPixels;
+  p.columns = part(width, turned ? kTurnedColumns : p.copied ? kMostColumns : pixels);
+  p.rows = part(height, std::max(pixels / p.columns, index_t{1}));
   p.run_length = pass.run_length();
   const index_t bytes = dtype_bytes(p.work_type);
   if (p.copied)
     p.strip_length = round_up(strip_span(p.w, p.columns) * p.reduce + kStripSlack, index_t{32});
+  if (turned) {
+    const index_t pair = p.work_type == DType::bf16 ? 2 : 1;
+    p.strip_columns =
+        round_up(p.columns, gather_columns(ctx.isa)) + (p.w.kernel - 1) * p.w.dilation;
+    p.strip_length = ceil_div(p.reduce, pair) * p.strip_columns * pair;
+  }
   if (p.run == StripRun::frame) p.fold_length = round_up(p.run_length + 32 / bytes, index_t{4});
   plan.memory_size = round_up(strip_memory(p) * bytes, index_t{64});
   plan.memory = workspace.take<char>(plan.memory_size * ctx.num_threads);
@@ -147,8 +159,9 @@ StripPacking strip_packing(const Conv3dShape& s, Direction direction, const void
   view.mirrored = pass.mirrored;
   view.reduce *= view.joined;
   view.taps /= view.joined;
-  packing.layout = {gather_columns(isa), gather_lanes(isa), pass.work_type == DType::bf16,
-                    pass.work_type};
+  const bool turned = pass.run == StripRun::pixels;
+  packing.layout = {gather_columns(isa), turned ? 1 : gather_lanes(isa),
+                    pass.work_type == DType::bf16, pass.work_type};
   return packing;
 }
 
@@ -159,9 +172,10 @@ bool strip_serves(const Conv3dShape& shape, Direction direction, int isa) {
     for (const AxisMap& a : {s.t, s.h, s.w})
       if (!reversible(a)) return false;
   const Pass pass(s, direction, isa);
-  if (pass.produce <= kNarrow && pass.reduce > kMostFolded) return false;
-  if (pass.work_type == DType::bf16 && pass.run != StripRun::frame && pass.reduce % 2) return false;
   if (pass.taps() > kMostStripRuns) return false;
+  if (pass.run == StripRun::pixels)
+    return pass.work_type == DType::bf16 && pass.w.stride == 1 && pass.reduce <= kMostTurned;
+  if (pass.work_type == DType::bf16 && pass.run != StripRun::frame && pass.reduce % 2) return false;
   const index_t columns = std::min(pass.produce, gather_columns(isa));
   return pass.taps() * pass.reduce * columns * dtype_bytes(pass.work_type) <= kMostPanelBytes;
 }
@@ -187,12 +201,16 @@ void strip_run(const Conv3dShape& shape, Direction direction, const Tensors& ten
   const index_t frames = p.target.early_frames + p.target.late_frames;
   const index_t apart = s.batch * down * across;
   const index_t cuts = p.copied ? std::min(ceil_div(kLeastItems, apart), frames) : frames;
-  const auto kernel = MF_PICK_SIMD(conv3d_strip, ctx.isa);
+  const auto kernel = p.run == StripRun::pixels ? MF_PICK_SIMD(conv3d_strip_turned, ctx.isa)
+                                                : MF_PICK_SIMD(conv3d_strip, ctx.isa);
   // Neighbors in one thread: what they read and write may still be in its cache from the op before.
+  // Cuts of time are neighbors, too: the first frames see less.
   const auto run = [&](index_t begin, index_t end, int thread) {
     for (index_t i = begin; i < end; ++i) {
-      const index_t column = i % across * p.columns, row = i / across % down * p.rows;
-      const index_t cut = i / across / down % cuts, n = i / across / down / cuts;
+      const index_t cut = p.copied ? i % cuts : i / (down * across) % cuts;
+      const index_t place = p.copied ? i / cuts % (down * across) : i % (down * across);
+      const index_t n = i / cuts / (down * across);
+      const index_t column = place % across * p.columns, row = place / across * p.rows;
       kernel(p,
              {n, frames * cut / cuts, frames * (cut + 1) / cuts, row,
               std::min(row + p.rows, p.target.height), column,

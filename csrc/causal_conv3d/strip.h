@@ -30,13 +30,15 @@ constexpr index_t strip_span(const StripAxis& a, index_t targets) {
 enum class StripRun {
   channels,  // of one tap
   row,       // of the taps of a row
-  frame      // of the taps of a frame, of which each pixel gets a copy of its own ("folded")
+  frame,     // of the taps of a frame, of which each pixel gets a copy of its own ("folded")
+  pixels     // no sum: strips are turned to have neighboring pixels side by side, of two channels
 };
 
 struct StripParams {
   SplitTensor source, target;
   SplitTensor residual;  // like target; added to the results, or late is null
-  // [block of columns][KT][KH unless frame][KW unless row or frame][run][columns of the block]
+  // [block of columns][KT][KH unless frame][KW unless row or frame][run][columns of the block];
+  // of turned strips [KT][KH][KW][channels][result channels]
   const void* packed;
   const void* bias;         // [target channels], of type `target_type`, or null
   index_t reduce, produce;  // channels
@@ -49,6 +51,7 @@ struct StripParams {
   index_t rows, columns;  // targets of an item, at most
   // Elements of work_type: a run of the sum, a strip, a folded pixel with what copies reach beyond.
   index_t run_length, strip_length, fold_length;
+  index_t strip_columns;  // of a turned strip: a pair's pixels
 };
 
 // Frames in turn: what is copied of a source frame serves all of them.
@@ -69,6 +72,11 @@ constexpr index_t strip_memory(const StripParams& p) {
 }
 
 MF_DECLARE_SIMD(void, conv3d_strip,
+                (const StripParams& params, const StripItem& item, void* memory))
+
+// StripRun::pixels; of bfloat16 where it is multiplied in pairs, at stride_w 1.
+constexpr index_t kTurnedColumns = 64;  // targets of a row that an item has at most
+MF_DECLARE_SIMD(void, conv3d_strip_turned,
                 (const StripParams& params, const StripItem& item, void* memory))
 
 }  // namespace magvit_fast

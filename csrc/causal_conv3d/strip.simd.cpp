@@ -17,8 +17,7 @@
 //   v3  a frame copied once for all frames that read it 1.09      4.1
 //
 // What is left: one vector of columns means a broadcast a product, 1.1 cycles each.
-#include "causal_conv3d/strip.h"
-
+#include "causal_conv3d/strip_frames.h"
 #include "causal_conv3d/tile.h"
 #include "common/simd.h"
 
@@ -280,7 +279,7 @@ template <class T>
 class Item {
  public:
   Item(const StripParams& p, const StripItem& item, void* memory)
-      : p_(p), item_(item), strips_(static_cast<T*>(memory)) {
+      : p_(p), item_(item), frames_(p.t), strips_(static_cast<T*>(memory)) {
     frame_ = strip_span(p.h, p.rows) * p.strip_length;
     rows_ = item.row_end - item.row_begin;
     columns_ = item.column_end - item.column_begin;
@@ -291,16 +290,14 @@ class Item {
     folded_ = zeros_ + p.strip_length;
     if (p.run == StripRun::frame)
       for (index_t i = 0; i < p.strip_length; ++i) zeros_[i] = T{};
-    for (index_t slot = 0; slot < p.t.kernel; ++slot) held_[slot] = -1;
   }
 
   void run() {
     for (t_ = item_.t_begin; t_ < item_.t_end; ++t_) {
-      for (index_t kt = 0; kt < p_.t.kernel; ++kt)
-        source_[kt] = p_.t.source[t_ * p_.t.stride + kt * p_.t.dilation];
       if (p_.copied)
-        for (index_t kt = 0; kt < p_.t.kernel; ++kt)
-          if (source_[kt] >= 0) slot_[kt] = hold(source_[kt]);
+        frames_.meet(t_, [this](index_t slot, index_t frame) { copy(slot, frame); });
+      else
+        frames_.look_at(t_);
       for (index_t block = 0; block < ceil_div(p_.produce, kColumns); ++block) multiply(block);
     }
   }
@@ -310,24 +307,12 @@ class Item {
 
   // --- sources
 
-  // The slot of a source frame, which takes the place of one that this target frame does not need.
-  index_t hold(std::int32_t frame) {
-    index_t slot = 0;
-    while (slot < p_.t.kernel && held_[slot] != frame) ++slot;
-    if (slot < p_.t.kernel) return slot;
-    for (slot = 0; needed(held_[slot]);) ++slot;
-    held_[slot] = frame;
+  void copy(index_t slot, index_t frame) {
     T* strips = p_.run == StripRun::frame ? strips_ : strips_ + slot * frame_;
     const index_t columns = strip_span(p_.w, columns_);
     for (index_t q = 0; q < strip_span(p_.h, rows_); ++q)
       if (row(q) >= 0) copy_strip(frame, row(q), columns, strips + q * p_.strip_length);
     if (p_.run == StripRun::frame) fold(folded(slot));
-    return slot;
-  }
-  bool needed(std::int32_t frame) const {
-    for (index_t kt = 0; kt < p_.t.kernel; ++kt)
-      if (frame >= 0 && source_[kt] == frame) return true;
-    return false;
   }
   // Of the q-th padded row of the item.
   std::int32_t row(index_t q) const { return p_.h.source[item_.row_begin * p_.h.stride + q]; }
@@ -381,8 +366,8 @@ class Item {
     if (p_.run == StripRun::frame) {
       int count = 0;
       for (index_t kt = 0; kt < p_.t.kernel; ++kt)
-        if (source_[kt] >= 0)
-          runs[count++] = {folded(slot_[kt]), panel(block, tap(p_.t, kt)), p_.run_length};
+        if (frames_.source(kt) >= 0)
+          runs[count++] = {folded(frames_.slot(kt)), panel(block, tap(p_.t, kt)), p_.run_length};
       // Rows are one where their results are neighbors, too.
       if (columns_ == p_.target.width)
         return multiply(block, runs, count, p_.fold_length, 0, rows_ * columns_);
@@ -405,12 +390,13 @@ class Item {
     const bool by_taps = p_.run == StripRun::channels;
     const index_t across = by_taps ? p_.w.kernel : 1;
     for (index_t kt = 0; kt < p_.t.kernel; ++kt)
-      for (index_t kh = 0; kh < p_.h.kernel && source_[kt] >= 0; ++kh) {
+      for (index_t kh = 0; kh < p_.h.kernel && frames_.source(kt) >= 0; ++kh) {
         const index_t q = r * p_.h.stride + kh * p_.h.dilation;
         if (row(q) < 0) continue;
-        const T* pixels = p_.copied ? strips_ + slot_[kt] * frame_ + q * p_.strip_length
-                                    : row_of<const T>(p_.source, item_.n, source_[kt], row(q)) +
-                                          p_.w.source[item_.column_begin * p_.w.stride] * p_.reduce;
+        const T* pixels = p_.copied
+                              ? strips_ + frames_.slot(kt) * frame_ + q * p_.strip_length
+                              : row_of<const T>(p_.source, item_.n, frames_.source(kt), row(q)) +
+                                    p_.w.source[item_.column_begin * p_.w.stride] * p_.reduce;
         const index_t first = (tap(p_.t, kt) * p_.h.kernel + tap(p_.h, kh)) * across;
         for (index_t kw = 0; kw < across; ++kw)
           runs[count++] = {pixels + kw * p_.w.dilation * p_.reduce,
@@ -452,12 +438,10 @@ class Item {
 
   const StripParams& p_;
   const StripItem& item_;
+  Frames frames_;
   T *strips_, *zeros_, *folded_;
   index_t frame_, rows_, columns_, tap_runs_;
   index_t t_ = 0;
-  std::int32_t source_[kMostStripRuns];  // of t_ and every tap, or -1
-  index_t slot_[kMostStripRuns];         // where that frame is held
-  std::int32_t held_[kMostStripRuns];    // frame of a slot, or -1
 };
 
 }  // namespace
