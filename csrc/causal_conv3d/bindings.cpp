@@ -41,6 +41,20 @@ Conv3dShape make_shape(const Numbers& n) {
           n[30] != 0};
 }
 
+#ifdef MAGVIT_FAST_CUDA_MODULE
+// groups, per_frame, factor (three), dropped
+using Epilogue = std::array<index_t, 6>;
+
+cuda::Conv3dEpilogue make_epilogue(const Epilogue& n, double eps, Address stats) {
+  return {n[0],
+          n[1] != 0,
+          static_cast<float>(eps),
+          reinterpret_cast<GroupStats*>(stats),
+          {n[2], n[3], n[4]},
+          n[5]};
+}
+#endif
+
 const void* in(Address a) { return reinterpret_cast<const void*>(a); }
 void* out(Address a) { return reinterpret_cast<void*>(a); }
 
@@ -98,6 +112,21 @@ void bind_causal_conv3d(pybind11::module_& m) {
             make_context(where, how));
       },
       no_gil);
+  m.def(
+      "causal_conv3d_packing",
+      [](const Numbers& shape, bool forward, Where where, How how) {
+        const Conv3dPacking packing =
+            backend::causal_conv3d_packing(make_shape(shape), forward, make_context(where, how));
+        return std::make_tuple(packing.bytes, packing.kind);
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_pack",
+      [](Address weight, Address packed, const Numbers& shape, bool forward, Where where, How how) {
+        backend::causal_conv3d_pack(make_shape(shape), forward, in(weight), out(packed),
+                                    make_context(where, how));
+      },
+      no_gil);
 #ifdef MAGVIT_FAST_CUDA_MODULE
   m.def(
       "causal_conv3d_engine",
@@ -111,22 +140,32 @@ void bind_causal_conv3d(pybind11::module_& m) {
         return cuda::causal_conv3d_weight_grad_engine(make_shape(shape), make_context(where, how));
       },
       no_gil);
+  m.def(
+      "causal_conv3d_fuses",
+      [](const Numbers& shape, const Epilogue& epilogue, Where where, How how) {
+        return cuda::causal_conv3d_fuses(make_shape(shape), make_epilogue(epilogue, 0.0, 0),
+                                         make_context(where, how));
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_forward_fused_workspace",
+      [](const Numbers& shape, const Epilogue& epilogue, Where where, How how) {
+        return cuda::causal_conv3d_forward_fused_workspace(
+            make_shape(shape), make_epilogue(epilogue, 0.0, 0), make_context(where, how));
+      },
+      no_gil);
+  m.def(
+      "causal_conv3d_forward_fused",
+      [](Address x, Address history, Address weight, Address bias, Address residual, Address y,
+         Address stats, Address workspace, double eps, const Numbers& shape,
+         const Epilogue& epilogue, Where where, How how) {
+        cuda::causal_conv3d_forward_fused({make_shape(shape), in(x), in(history), in(weight),
+                                           in(bias), in(residual), out(y), out(workspace)},
+                                          make_epilogue(epilogue, eps, stats),
+                                          make_context(where, how));
+      },
+      no_gil);
 #else
-  m.def(
-      "causal_conv3d_packing",
-      [](const Numbers& shape, bool forward, Where where, How how) {
-        const cpu::Conv3dPacking packing =
-            cpu::causal_conv3d_packing(make_shape(shape), forward, make_context(where, how));
-        return std::make_tuple(packing.bytes, packing.kind);
-      },
-      no_gil);
-  m.def(
-      "causal_conv3d_pack",
-      [](Address weight, Address packed, const Numbers& shape, bool forward, Where where, How how) {
-        cpu::causal_conv3d_pack(make_shape(shape), forward, in(weight), out(packed),
-                                make_context(where, how));
-      },
-      no_gil);
   m.def(
       "causal_conv3d_weight_mark",
       [](Address weight, std::size_t bytes, Where where, How how) {

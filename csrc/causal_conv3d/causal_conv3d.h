@@ -17,6 +17,7 @@
 #include "causal_conv3d/index_map.h"
 #include "common/dtype.h"
 #include "common/exec_context.h"
+#include "common/group_stats.h"
 #include "common/isa.h"
 
 namespace magvit_fast {
@@ -31,7 +32,7 @@ struct Conv3dShape {
   DType dtype;
   bool strict;  // float32: errors no larger than those of the direct sum
   bool sm90a;   // CUDA: the kernels for sm_90a may serve, where they can
-  bool packed;  // CPU: `weight` has been packed by cpu::causal_conv3d_pack for this very work
+  bool packed;  // `weight` has been packed by causal_conv3d_pack for this very work
 };
 
 // A tensor along the source time axis: `history` [N, history_frames, H, W, C] and then `x`
@@ -65,7 +66,16 @@ struct Conv3dWeightGradParams {
   void* workspace;      // causal_conv3d_weight_grad_workspace() bytes, any contents
 };
 
-// The twin namespaces carry the same six functions. The result may not depend on num_threads.
+// Weights in the order of the engine that serves the forward pass (else: the input gradient), to be
+// used again as long as they do not change. The kind tells layouts apart; without bytes the engine
+// takes weights as they are. On CUDA the memory starts as zeros, and packing again finds on the
+// device whether there is anything to do.
+struct Conv3dPacking {
+  std::size_t bytes;
+  index_t kind;
+};
+
+// The twin namespaces carry the same eight functions. The result may not depend on num_threads.
 #define MF_DECLARE_CAUSAL_CONV3D                                                                 \
   std::size_t causal_conv3d_forward_workspace(const Conv3dShape& shape, const ExecContext& ctx); \
   std::size_t causal_conv3d_input_grad_workspace(const Conv3dShape& shape,                       \
@@ -74,21 +84,14 @@ struct Conv3dWeightGradParams {
                                                   const ExecContext& ctx);                       \
   void causal_conv3d_forward(const Conv3dForwardParams& params, const ExecContext& ctx);         \
   void causal_conv3d_input_grad(const Conv3dInputGradParams& params, const ExecContext& ctx);    \
-  void causal_conv3d_weight_grad(const Conv3dWeightGradParams& params, const ExecContext& ctx);
+  void causal_conv3d_weight_grad(const Conv3dWeightGradParams& params, const ExecContext& ctx);  \
+  Conv3dPacking causal_conv3d_packing(const Conv3dShape& shape, bool forward,                    \
+                                      const ExecContext& ctx);                                   \
+  void causal_conv3d_pack(const Conv3dShape& shape, bool forward, const void* weight,            \
+                          void* packed, const ExecContext& ctx);
 
 namespace cpu {
 MF_DECLARE_CAUSAL_CONV3D
-
-// Weights in the order of the engine that serves the forward pass (else: the input gradient), to be
-// used again as long as they do not change. The kind tells layouts apart; without bytes the engine
-// takes weights as they are.
-struct Conv3dPacking {
-  std::size_t bytes;
-  index_t kind;
-};
-Conv3dPacking causal_conv3d_packing(const Conv3dShape& shape, bool forward, const ExecContext& ctx);
-void causal_conv3d_pack(const Conv3dShape& shape, bool forward, const void* weight, void* packed,
-                        const ExecContext& ctx);
 
 // A few bytes from all over the memory, mixed: who writes past torch's version counter changes it.
 std::uint64_t causal_conv3d_weight_mark(const void* weight, std::size_t bytes,
@@ -101,6 +104,24 @@ MF_DECLARE_CAUSAL_CONV3D
 // "sm90a", "mma" or "fma".
 const char* causal_conv3d_engine(const Conv3dShape& shape, bool forward, const ExecContext& ctx);
 const char* causal_conv3d_weight_grad_engine(const Conv3dShape& shape, const ExecContext& ctx);
+
+// What the forward kernel may make of its result before it leaves the chip.
+struct Conv3dEpilogue {
+  index_t groups;  // statistics of the rounded result by group, as group_norm_silu's; 0: none
+  bool per_frame;
+  float eps;
+  GroupStats* stats;  // [N t.out or N, groups]
+  // Depth to space: y is [N, t.out factor - dropped, h.out factor, w.out factor, Cout / parts].
+  index_t factor[3], dropped;
+};
+// Whether it can, if addresses are multiples of 16; and it does.
+bool causal_conv3d_fuses(const Conv3dShape& shape, const Conv3dEpilogue& epilogue,
+                         const ExecContext& ctx);
+std::size_t causal_conv3d_forward_fused_workspace(const Conv3dShape& shape,
+                                                  const Conv3dEpilogue& epilogue,
+                                                  const ExecContext& ctx);
+void causal_conv3d_forward_fused(const Conv3dForwardParams& params, const Conv3dEpilogue& epilogue,
+                                 const ExecContext& ctx);
 }  // namespace cuda
 #undef MF_DECLARE_CAUSAL_CONV3D
 

@@ -11,6 +11,8 @@
 
 namespace magvit_fast::cuda {
 
+struct Moments;
+
 // Forward (left = x and history, out = y) and input gradient (left = dy, out = dx and dhistory).
 struct GatherProblem {
   GemmShape shape;
@@ -23,6 +25,15 @@ struct GatherProblem {
   const void* residual;  // like out, added to it, or null
   void* out;
   void* out_history;  // null: not wanted
+};
+
+// What the forward kernel of sm_90a does beside the result.
+struct Sm90Epilogue {
+  Moments* moments;  // [N, t.out, tiles of a frame, Cout], of the rounded result, or null
+  int factor[3];     // of depth to space; 1, 1, 1: none
+  int dropped;       // leading frames that the result then lacks, below factor[0]
+
+  int parts() const { return factor[0] * factor[1] * factor[2]; }
 };
 
 struct WeightProblem {
@@ -61,8 +72,8 @@ void gather_mma_input_grad(const GatherProblem& p, const DeviceGuard& guard,
 void gather_fma_forward(const GatherProblem& p, const DeviceGuard& guard, const ExecContext& ctx);
 void gather_fma_input_grad(const GatherProblem& p, const DeviceGuard& guard,
                            const ExecContext& ctx);
-void sm90_gather(const GatherProblem& p, bool forward, const DeviceGuard& guard,
-                 const ExecContext& ctx);
+void sm90_gather(const GatherProblem& p, bool forward, const Sm90Epilogue& epilogue,
+                 const DeviceGuard& guard, const ExecContext& ctx);
 // Bytes of `partial`; and the whole gradient, its parts added up.
 std::size_t sm90_weight_grad_workspace(const GemmShape& s);
 void sm90_weight_grad(const WeightProblem& p, void* dweight, const DeviceGuard& guard,

@@ -16,6 +16,12 @@
 // a warpgroup: what it is to add, where the pixels of a step stand. A stage is free again when all
 // eight multiplying warps have seen the products that read it end.
 //
+// The result may leave as depth to space: 64 channels are of one part of a cell, so the copy engine
+// writes them to a strided view of the result, as it does the classes of the input gradient. And
+// it may leave its moments by channel for the group norm that follows: of the sums as rounded,
+// while they are in registers (about 500 instructions a thread and tile, 2 % of 54 steps); two
+// passes over them, so that a mean far from zero costs no digits.
+//
 // Floor: 2 x pixels x channels x channels x taps that read something, at 790 TFLOP/s measured by a
 // matrix product. L2 gives 48 KB a step of 4.2 MFLOP (9 TB/s at that rate: the first suspect).
 #include "causal_conv3d/cuda_kernels.h"
@@ -23,6 +29,7 @@
 #include "causal_conv3d/sm90_view.h"
 #include "common/cuda/convert.cuh"
 #include "common/cuda/hopper.cuh"
+#include "common/cuda/moments.cuh"
 #include "common/cuda/swizzle.h"
 
 namespace magvit_fast::cuda {
@@ -46,10 +53,14 @@ struct Shared {
 
 struct Sm90Problem {
   TensorMap weight;
-  TensorMap source[2 * kSm90Views];    // views of x (dy), then of the history
-  TensorMap target[2 * kSm90Classes];  // classes of y (dx), then of the history
-  TensorMap residual;                  // like y
-  bool adds;                           // whether there is a residual
+  TensorMap source[2 * kSm90Views];  // views of x (dy), then of the history
+  // Classes of y (dx), then of the history; or the parts of depth to space.
+  TensorMap target[2 * kSm90Classes];
+  TensorMap residual;           // like y
+  bool adds;                    // whether there is a residual
+  int part_channels;            // of the target that one map holds
+  bool late[2 * kSm90Classes];  // parts whose frame 0 is dropped: the map begins at frame 1
+  Moments* moments;             // or null
   Sm90Plan plan;
   const void* bias;
 };
@@ -101,9 +112,9 @@ struct Added {
 };
 
 // Sums of 64 channels x 64 pixels (from kFirst on) to a piece in shared memory: [pixel][channel],
-// swizzled.
-template <class T, int kFirst, int kSums>
-__device__ __forceinline__ void keep_piece(const float (&sum)[kSums], const Added& added,
+// swizzled. For moments the sums become what is stored.
+template <class T, bool kMoments, int kFirst, int kSums>
+__device__ __forceinline__ void keep_piece(float (&sum)[kSums], const Added& added,
                                            std::uint32_t piece) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) % kGroup / 32;
@@ -122,38 +133,83 @@ __device__ __forceinline__ void keep_piece(const float (&sum)[kSums], const Adde
       const float bias = i % 2 ? added.bias_high : added.bias_low;
       const float2 residual = unpack_pair<T>(fragment[i]);
       fragment[i] = pack_pair<T>(sum[at] + bias + residual.x, sum[at + 1] + bias + residual.y);
+      if constexpr (kMoments) {
+        const float2 stored = unpack_pair<T>(fragment[i]);
+        sum[at] = stored.x, sum[at + 1] = stored.y;
+      }
     }
     store_matrix_transposed(piece + place, fragment);
   }
 }
 
-template <class T, int kPixels, int kIndex>
+template <class T, int kPixels, bool kMoments, int kIndex>
 __device__ __forceinline__ void leave(const Sm90Problem& p, const Sm90Tile& tile, int group,
-                                      std::uint32_t pieces, const float (&sum)[kPixels / 2],
+                                      std::uint32_t pieces, float (&sum)[kPixels / 2],
                                       const Added& added) {
   if constexpr (kIndex < kPixels / kPiece) {
     const bool elected = threadIdx.x % kGroup == 0;
     const std::uint32_t piece = pieces + kIndex % 2 * kPieceBytes;
     if (elected) copy_out_wait_read<1>();  // the piece before last has left this place
     named_barrier(1 + group, kGroup);
-    keep_piece<T, kIndex * kPiece>(sum, added, piece);
+    keep_piece<T, kMoments, kIndex * kPiece>(sum, added, piece);
     copy_engine_fence();
     named_barrier(1 + group, kGroup);
     if (elected) {
       const int channel = tile.c + group * kGroupChannels;
       const Sm90Frame at = sm90_split(p.plan, tile.t, false);
       const Sm90Piece place = sm90_piece_place(p.plan, kIndex);
+      const int part = channel / p.part_channels;
+      const int map = part + tile.cls + (at.in_history ? p.plan.classes : 0);
       if (channel < p.plan.produce)
-        copy_box_out(&p.target[tile.cls + (at.in_history ? p.plan.classes : 0)], piece, channel,
-                     tile.w + place.w, tile.h + place.h, at.t, tile.n + place.n);
+        copy_box_out(&p.target[map], piece, channel - part * p.part_channels, tile.w + place.w,
+                     tile.h + place.h, at.t - p.late[map], tile.n + place.n);
       copy_out_commit();
     }
-    leave<T, kPixels, kIndex + 1>(p, tile, group, pieces, sum, added);
+    leave<T, kPixels, kMoments, kIndex + 1>(p, tile, group, pieces, sum, added);
+  }
+}
+
+// The moments of a warpgroup's 64 channels over the tile's pixels inside the frame (of one clip).
+template <int kPixels>
+__device__ __forceinline__ void note_moments(const Sm90Problem& p, const Sm90Tile& tile, int group,
+                                             const float (&sum)[kPixels / 2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) % kGroup / 32;
+  const Sm90Class& cls = p.plan.cls[0];
+  const int wide = cls.width - tile.w < p.plan.box_w ? cls.width - tile.w : p.plan.box_w;
+  const int high = cls.height - tile.h < p.plan.box_h ? cls.height - tile.h : p.plan.box_h;
+  const bool whole = wide * high == kPixels;
+  const int row_bits = __ffs(p.plan.box_w) - 1, in_row = p.plan.box_w - 1;
+  const float count = static_cast<float>(wide * high);
+  const index_t frame = static_cast<index_t>(tile.n) * p.plan.frames + tile.t;
+  const int box = tile.h / p.plan.box_h * cls.tiles_w + tile.w / p.plan.box_w;
+  Moments* to = p.moments + (frame * (cls.tiles_h * cls.tiles_w) + box) * p.plan.produce;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const auto over_pixels = [&](const auto& visit) {
+#pragma unroll
+      for (int i = 0; i < kPixels / 4; ++i) {
+        const int pixel = i / 2 * 8 + lane % 4 * 2 + i % 2;
+        if (whole || ((pixel & in_row) < wide && (pixel >> row_bits) < high))
+          visit(sum[i / 2 * 4 + half * 2 + i % 2]);
+      }
+    };
+    const auto over_quad = [](float value) {
+      value += __shfl_xor_sync(kAllLanes, value, 1);
+      return value + __shfl_xor_sync(kAllLanes, value, 2);
+    };
+    float total = 0.0f, squares = 0.0f;
+    over_pixels([&](float value) { total += value; });
+    const float mean = over_quad(total) / count;
+    over_pixels([&](float value) { squares += (value - mean) * (value - mean); });
+    squares = over_quad(squares);
+    const int channel = tile.c + group * kGroupChannels + warp * 16 + half * 8 + lane / 4;
+    if (lane % 4 == 0 && channel < p.plan.produce) to[channel] = {count, 0.0f, mean, squares};
   }
 }
 
 // One warpgroup of the two.
-template <class T, int kPixels>
+template <class T, int kPixels, bool kMoments>
 __device__ __forceinline__ void consume(const Sm90Problem& p, std::uint32_t base, int group) {
   using Layout = Shared<kPixels>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -206,16 +262,17 @@ __device__ __forceinline__ void consume(const Sm90Problem& p, std::uint32_t base
       }
       ring.advance();
     }
-    leave<T, kPixels, 0>(p, tile, group, pieces, sum, added);
+    leave<T, kPixels, kMoments, 0>(p, tile, group, pieces, sum, added);
     if (p.adds) {
       __syncwarp();  // all lanes have read it
       if (lane == 0) barrier_arrive(base + Layout::empty + own * 8);
     }
+    if constexpr (kMoments) note_moments<kPixels>(p, tile, group, sum);
   });
   if (threadIdx.x % kGroup == 0) copy_out_wait();
 }
 
-template <class T, int kPixels>
+template <class T, int kPixels, bool kMoments>
 __global__ void __launch_bounds__(kThreads, 1)
     sm90_gather_kernel(const __grid_constant__ Sm90Problem p) {
   if constexpr (MF_HAS_SM90A) {
@@ -236,13 +293,37 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (threadIdx.x == 0) produce<kPixels>(p, base);
     } else {
       request_registers<232>();
-      consume<T, kPixels>(p, base, group - 1);
+      consume<T, kPixels, kMoments>(p, base, group - 1);
     }
   }
 }
 
-Sm90Problem make_problem(const GatherProblem& g, bool forward, int multiprocessors,
-                         const char* op) {
+// The parts of a result that leaves as depth to space, [N, T factor - dropped, H factor, W factor,
+// C of a part]: each a strided view, the first frame of those that lie before the result left out.
+void map_parts(Sm90Problem* p, const GatherProblem& g, const Sm90Epilogue& epilogue,
+               const int (&box)[5], const char* op) {
+  const GemmShape& s = g.shape;
+  const int *f = epilogue.factor, c = p->part_channels;
+  const index_t row = index_t{s.w.out} * f[2] * c, frame = row * s.h.out * f[1];
+  const index_t clip = frame * (index_t{s.t.out} * f[0] - epilogue.dropped);
+  for (int part = 0; part < epilogue.parts(); ++part) {
+    const int i = part / (f[1] * f[2]), j = part / f[2] % f[1], k = part % f[2];
+    p->late[part] = i < epilogue.dropped;
+    const index_t first = i - epilogue.dropped + (p->late[part] ? f[0] : 0);
+    // A clip of one frame leaves nothing of a late part: its one frame, 1, is never written.
+    const int frames = s.t.out - p->late[part] < 1 ? 1 : s.t.out - p->late[part];
+    p->target[part] =
+        tensor_map({static_cast<const char*>(g.out) + (first * frame + j * row + k * c) * 2,
+                    {c, s.w.out, s.h.out, frames, s.batch},
+                    {1, index_t{f[2]} * c, row * f[1], frame * f[0], clip},
+                    {box[0], box[1], box[2], box[3], box[4]},
+                    s.dtype},
+                   op);
+  }
+}
+
+Sm90Problem make_problem(const GatherProblem& g, bool forward, const Sm90Epilogue& epilogue,
+                         int multiprocessors, const char* op) {
   const GemmShape& s = g.shape;
   Sm90Problem p{};
   p.plan = sm90_plan(s, forward, multiprocessors);
@@ -275,6 +356,9 @@ Sm90Problem make_problem(const GatherProblem& g, bool forward, int multiprocesso
   (forward ? p.target : p.source)[0] =
       view_of(forward ? g.out : g.left, s.out_channels, s, s.h.out, s.w.out, s.t.out, 1, 1, 0,
               forward ? out_box : in_box, op);
+  p.part_channels = plan.produce / epilogue.parts();
+  if (epilogue.parts() > 1) map_parts(&p, g, epilogue, out_box, op);
+  p.moments = epilogue.moments;
   p.adds = g.residual != nullptr;
   if (p.adds)
     p.residual =
@@ -285,20 +369,26 @@ Sm90Problem make_problem(const GatherProblem& g, bool forward, int multiprocesso
 template <int kPixels>
 void launch_pixels(const Sm90Problem& p, DType dtype, int blocks, const DeviceGuard& guard,
                    const ExecContext& ctx) {
+  const dim3 grid(static_cast<unsigned>(blocks));
   with_half_type(dtype, [&](auto type) {
-    launch(guard, ctx, sm90_gather_kernel<decltype(type), kPixels>,
-           dim3(static_cast<unsigned>(blocks)), kThreads, Shared<kPixels>::bytes, p);
+    using T = decltype(type);
+    if (p.moments != nullptr)
+      launch(guard, ctx, sm90_gather_kernel<T, kPixels, true>, grid, kThreads,
+             Shared<kPixels>::bytes, p);
+    else
+      launch(guard, ctx, sm90_gather_kernel<T, kPixels, false>, grid, kThreads,
+             Shared<kPixels>::bytes, p);
   });
 }
 
 }  // namespace
 
-void sm90_gather(const GatherProblem& g, bool forward, const DeviceGuard& guard,
-                 const ExecContext& ctx) {
+void sm90_gather(const GatherProblem& g, bool forward, const Sm90Epilogue& epilogue,
+                 const DeviceGuard& guard, const ExecContext& ctx) {
   int multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, ctx.device),
              guard.op());
-  const Sm90Problem p = make_problem(g, forward, multiprocessors, guard.op());
+  const Sm90Problem p = make_problem(g, forward, epilogue, multiprocessors, guard.op());
   const int blocks = p.plan.tiles < multiprocessors ? p.plan.tiles : multiprocessors;
   if (p.plan.pixels() == 256)
     launch_pixels<256>(p, g.shape.dtype, blocks, guard, ctx);

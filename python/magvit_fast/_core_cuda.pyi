@@ -47,6 +47,33 @@ def causal_conv3d_weight_grad(
 ) -> None: ...
 def causal_conv3d_engine(shape: Sequence[int], forward: bool, where: int, how: int) -> str: ...
 def causal_conv3d_weight_grad_engine(shape: Sequence[int], where: int, how: int) -> str: ...
+def causal_conv3d_packing(
+    shape: Sequence[int], forward: bool, where: int, how: int
+) -> tuple[int, int]: ...
+def causal_conv3d_pack(
+    weight: int, packed: int, shape: Sequence[int], forward: bool, where: int, how: int
+) -> None: ...
+def causal_conv3d_fuses(
+    shape: Sequence[int], epilogue: Sequence[int], where: int, how: int
+) -> bool: ...
+def causal_conv3d_forward_fused_workspace(
+    shape: Sequence[int], epilogue: Sequence[int], where: int, how: int
+) -> int: ...
+def causal_conv3d_forward_fused(
+    x: int,
+    history: int,
+    weight: int,
+    bias: int,
+    residual: int,
+    y: int,
+    stats: int,
+    workspace: int,
+    eps: float,
+    shape: Sequence[int],
+    epilogue: Sequence[int],
+    where: int,
+    how: int,
+) -> None: ...
 def group_norm_silu_takes_planes(adaptive: bool) -> bool: ...
 def group_norm_silu_workspace_bytes(numbers: Sequence[int], where: int, how: int) -> int: ...
 def group_norm_silu_forward(

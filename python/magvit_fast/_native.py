@@ -168,6 +168,11 @@ def use_native(op: str, impl: str, obstacle: str | None, *, slower: bool = False
     return False
 
 
+def joins_passes(device: torch.device) -> bool:
+    """Whether kernels there may make what the next op needs of a result before they write it."""
+    return device.type == "cuda"
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     return DTYPE_CODES[dtype]
 

@@ -32,4 +32,5 @@ def device(
     core = request.getfixturevalue("emulated_core")
     monkeypatch.setattr(_native, "launcher", lambda device: (core, 0, 0))
     monkeypatch.setattr(_native, "missing_core", lambda device: None)
+    monkeypatch.setattr(_native, "joins_passes", lambda device: True)
     yield torch.device("cpu")

@@ -48,15 +48,23 @@ CASES = {
     ),
 }  # fmt: skip
 
+# Planes whose padding is written out first.
+PADDED_PLANES = {
+    "replicated_plane": Case(
+        (64, 72), (2, 5, 6), history=1, options={"time_mode": "replicate", "space_mode": "replicate"}
+    ),
+    "replicated_stride_2": Case(
+        (64, 64), (4, 6, 7), (4, 4, 4), options={"stride": 2, "space_mode": "replicate"}
+    ),
+    "mirrored_plane": Case((64, 64), (2, 4, 5), batch=2, options={"space_mode": "reflect"}),
+}  # fmt: skip
+
 # What stays with the portable kernels.
 NOT_SERVED = {
     "float32": (Case((64, 64), (2, 4, 4)), torch.float32),
     "channels_below_64": (Case((56, 64), (2, 4, 4)), torch.bfloat16),
     "odd_channels": (Case((65, 64), (2, 4, 4)), torch.bfloat16),
     "groups": (Case((128, 128), (2, 4, 4), options={"groups": 2}), torch.bfloat16),
-    "replicated_plane": (
-        Case((64, 64), (2, 4, 4), options={"space_mode": "replicate"}), torch.bfloat16,
-    ),
     "stride_3": (Case((64, 64), (2, 6, 6), options={"stride": (1, 3, 3)}), torch.bfloat16),
 }  # fmt: skip
 
@@ -138,9 +146,9 @@ def _value_and_gradients(
     return (y, *torch.autograd.grad(y, leaves, dy.to(y.dtype)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *PADDED_PLANES])
 def test_values_and_gradients(name: str, device: torch.device) -> None:
-    case = CASES[name]
+    case = {**CASES, **PADDED_PLANES}[name]
     dtype = torch.float16 if name in ("whole_tiles", "stride_2_history") else torch.bfloat16
     inputs = _inputs(case, dtype, device)
     exact_inputs = [t.double() for t in inputs]

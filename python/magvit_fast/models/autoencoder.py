@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from magvit_fast.nn.blocks import ResBlock3d
+from magvit_fast.nn.blocks import ResBlock3d, run_blocks
 from magvit_fast.nn.conv import SAME_PAD_MODES, SamePadMode
-from magvit_fast.nn.norm import MAX_GROUPS, NormCondition, group_count
+from magvit_fast.nn.norm import MAX_GROUPS, FollowingNorm, NormCondition, group_count
 from magvit_fast.nn.quantize import LFQ, EntropyKind
 from magvit_fast.nn.recompute import checkpointed, norm_then
 from magvit_fast.nn.resample import AveragePool, NearestUpsample, Upsample, strided_conv
@@ -263,8 +263,7 @@ class EncoderLevel(nn.Module):
         self.down = _down(config, index)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, state)
+        x = run_blocks(self.blocks, x, state)
         return x if self.down is None else self.down(x, state)
 
 
@@ -293,9 +292,7 @@ class DecoderLevel(nn.Module):
     def before_up(self, x: Tensor, latent: Tensor, state: StreamState | None) -> Tensor:
         if self.cond_norm is not None:
             x = self.cond_norm(x, latent, self.factor)
-        for block in self.blocks:
-            x = block(x, state)
-        return x
+        return run_blocks(self.blocks, x, state)
 
 
 # ---- the two halves ------------------------------------------------------------------------------
@@ -357,9 +354,9 @@ class Encoder(nn.Module):
         for i, level in enumerate(self.levels):
             if i > 0:
                 x = _run(level, i in self.checkpointed, x, state)
-        for block in self.mid_blocks:
-            x = block(x, state)
-        return norm_then(self.norm_out, self.conv_out, x, state)
+        following = FollowingNorm(self.norm_out)
+        x = run_blocks(self.mid_blocks, x, state, following)
+        return norm_then(self.norm_out, self.conv_out, x, state, statistics=following.statistics)
 
     def _finest(self, video: Tensor, state: StreamState | None) -> Tensor:
         return _run(self.levels[0], 0 in self.checkpointed, self.conv_in(video, state), state)
@@ -384,9 +381,7 @@ class Decoder(nn.Module):
         self.conv_out = style.conv(widths[0], config.in_channels)
 
     def forward(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
-        x = self.conv_in(latent, state)
-        for block in self.mid_blocks:
-            x = block(x, state)
+        x = run_blocks(self.mid_blocks, self.conv_in(latent, state), state)
         in_pieces = state is None and _in_pieces(self._config, self._clip(latent), latent)
         count = len(self.levels)
         for i, level in enumerate(self.levels[: count - 2] if in_pieces else self.levels):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from magvit_fast.nn.attention import SelfAttention
-from magvit_fast.nn.norm import MAX_GROUPS, GroupNormSiLU
+from magvit_fast.nn.norm import MAX_GROUPS, FollowingNorm, GroupNormSiLU
 from magvit_fast.nn.recompute import norm_then
 from magvit_fast.nn.stream import StreamState
 from magvit_fast.nn.style import CAUSAL, LayerStyle
@@ -40,20 +42,50 @@ class ResBlock3d(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
-        y = norm_then(self.norm1, self.conv1, x, state)
+    def forward(
+        self,
+        x: Tensor,
+        state: StreamState | None = None,
+        statistics: Tensor | None = None,
+        following: FollowingNorm | None = None,
+    ) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out, T, H, W].
+
+        `statistics` are those of x for norm1, where there are any; `following` may get the result's.
+        """
+        between = FollowingNorm(self.norm2)
+        y = norm_then(self.norm1, self.conv1, x, state, None, between, statistics=statistics)
         skip = x if self.shortcut is None else self.shortcut(x, state)
         # Autocast would round the sum of all blocks to its own dtype at every block.
         inside = autocast_dtype(x) is None
-        added = skip if inside else None
+        last = (state, skip, following) if inside else (state,)
         if torch.is_grad_enabled():
-            y = norm_then(self.norm2, self.conv2, y, state, added)
+            y = norm_then(self.norm2, self.conv2, y, *last, statistics=between.statistics)
         else:  # by name, so that what the norm has read is free before the convolution
-            y = self.norm2(y)
-            y = self.conv2(y, state, added)
+            y = self.norm2(y, between.statistics)
+            y = self.conv2(y, *last)
         out: Tensor = y if inside else skip + y
         return out
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    state: StreamState | None,
+    following: FollowingNorm | None = None,
+) -> Tensor:
+    """Residual blocks one after another, each leaving the next one's norm what it can."""
+    chain = list(blocks)
+    statistics: Tensor | None = None
+    for i, block in enumerate(chain):
+        after = following
+        if i + 1 < len(chain):
+            norm = chain[i + 1].norm1
+            assert isinstance(norm, GroupNormSiLU)
+            after = FollowingNorm(norm)
+        x = block(x, state, statistics, after)
+        statistics = None if after is None else after.statistics
+    return x
 
 
 class FrameAttention(nn.Module):

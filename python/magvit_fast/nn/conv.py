@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magvit_fast import ops
+from magvit_fast.nn.norm import EPS, FollowingNorm
 from magvit_fast.nn.stream import StreamState
 from magvit_fast.ops._checks import triple
+from magvit_fast.ops._conv_fused import causal_conv3d_statistics, causal_conv3d_to_space
 from magvit_fast.ops.causal_conv3d import PAD_MODES, PadMode
 
 SamePadMode = Literal["zeros", "replicate", "reflect", "circular"]  # of two-sided convolutions
 SAME_PAD_MODES = (*PAD_MODES, "circular")
 
 
-class CausalConv3d(nn.Module):
+class _Conv3d(nn.Module):
+    """What a convolution can be asked for beside its result; subclasses say how they pad."""
+
+    def _through(
+        self,
+        convolve: Callable[..., Any],
+        x: Tensor,
+        state: StreamState | None,
+        residual: Tensor | None,
+    ) -> Any:
+        """convolve(x, weight, bias, ...) with the layer's geometry."""
+        raise NotImplementedError
+
+    def _convolved(
+        self,
+        x: Tensor,
+        state: StreamState | None,
+        residual: Tensor | None,
+        following: FollowingNorm | None,
+    ) -> Tensor:
+        if following is None:
+            y: Tensor = self._through(ops.causal_conv3d, x, state, residual)
+            return y
+        norm = following.norm
+        convolve = functools.partial(
+            causal_conv3d_statistics,
+            num_groups=norm.num_groups,
+            per_frame=norm.per_frame,
+            eps=EPS,
+        )
+        y, following.statistics = self._through(convolve, x, state, residual)
+        return y
+
+    def to_space(
+        self,
+        x: Tensor,
+        factor: tuple[int, int, int],
+        drop_first: int,
+        state: StreamState | None = None,
+    ) -> Tensor:
+        """depth_to_space3d(forward(x, state), factor), in one kernel where there is one."""
+        convolve = functools.partial(causal_conv3d_to_space, factor=factor, drop_first=drop_first)
+        y: Tensor = self._through(convolve, x, state, None)
+        return y
+
+
+class CausalConv3d(_Conv3d):
     """3D convolution that sees the present frame and the ones before it (MAGVIT-v2, section 3.2).
 
     Time is padded in front only, by kernel - 1 frames; space by (k - 1) // 2 before and k // 2
@@ -67,20 +117,35 @@ class CausalConv3d(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, state: StreamState | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        state: StreamState | None = None,
+        residual: Tensor | None = None,
+        following: FollowingNorm | None = None,
     ) -> Tensor:
         """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
 
-        `residual`, of the result's shape, is added to it.
+        `residual`, of the result's shape, is added to it; `following` gets statistics of the result
+        where they save that norm a pass.
 
         With `state` the frames continue a stream: the first chunk has 1 (mod s_t) frames, later
         ones a multiple of s_t.
         """
+        return self._convolved(x, state, residual, following)
+
+    def _through(
+        self,
+        convolve: Callable[..., Any],
+        x: Tensor,
+        state: StreamState | None,
+        residual: Tensor | None,
+    ) -> Any:
         history, padding = None, None
         if state is not None:
             history = state.history(self)
             padding = self._continuing_padding() if state.started else None
-        y = ops.causal_conv3d(
+        added = {} if residual is None else {"residual": residual}
+        y = convolve(
             x,
             self.weight,
             self.bias,
@@ -89,7 +154,7 @@ class CausalConv3d(nn.Module):
             time_mode=self.time_mode,
             space_mode=self.space_mode,
             history=history,
-            residual=residual,
+            **added,
         )
         if state is not None:
             self._remember(x, history, state)
@@ -117,7 +182,7 @@ class CausalConv3d(nn.Module):
         )
 
 
-class SameConv3d(nn.Module):
+class SameConv3d(_Conv3d):
     """3D convolution padded on both sides, so that time is seen both ways (MAGVIT; discriminators).
 
     With pad_mode "zeros" the padding is TensorFlow's SAME rule, which depends on the length of the
@@ -169,17 +234,31 @@ class SameConv3d(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, state: StreamState | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        state: StreamState | None = None,
+        residual: Tensor | None = None,
+        following: FollowingNorm | None = None,
     ) -> Tensor:
         """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
 
-        `residual`, of the result's shape, is added to it.
+        `residual`, of the result's shape, is added to it; `following` gets statistics of the result
+        where they save that norm a pass.
 
         A stream can pass only where every frame is seen by itself: one tap in time.
 
         Raises:
             NotImplementedError: `state` is given to a layer that looks ahead in time.
         """
+        return self._convolved(x, state, residual, following)
+
+    def _through(
+        self,
+        convolve: Callable[..., Any],
+        x: Tensor,
+        state: StreamState | None,
+        residual: Tensor | None,
+    ) -> Any:
         if state is not None and self.kernel_size[0] > 1:
             raise NotImplementedError(
                 f"state: a two-sided convolution of {self.kernel_size[0]} frames cannot stream"
@@ -195,7 +274,8 @@ class SameConv3d(nn.Module):
         if mode == "circular":  # no mode of the op: padded first
             x = F.pad(x, (*padding[4:], *padding[2:4], *padding[:2]), mode="circular")
             padding, mode = [0] * 6, "zeros"
-        return ops.causal_conv3d(
+        added = {} if residual is None else {"residual": residual}
+        return convolve(
             x,
             self.weight,
             self.bias,
@@ -203,7 +283,7 @@ class SameConv3d(nn.Module):
             padding=padding,
             time_mode=mode,
             space_mode=mode,
-            residual=residual,
+            **added,
         )
 
     def extra_repr(self) -> str:

@@ -57,8 +57,8 @@ class GroupNormSiLU(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, T, H, W] -> the same shape."""
+    def forward(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape. `statistics`: as nn.conv made them of x, if it did."""
         return ops.group_norm_silu(
             x,
             self.num_groups,
@@ -67,10 +67,24 @@ class GroupNormSiLU(nn.Module):
             eps=EPS,
             per_frame=self.per_frame,
             activation=self.activation,
+            statistics=statistics,
         )
 
     def extra_repr(self) -> str:
         return f"{self.channels}, num_groups={self.num_groups}, activation={self.activation!r}"
+
+
+class FollowingNorm:
+    """Told to the layer whose result `norm` reads next: what it leaves for it.
+
+    Attributes:
+        norm: who asks.
+        statistics: of the layer's result, for norm.forward; None where none were made on the way.
+    """
+
+    def __init__(self, norm: GroupNormSiLU) -> None:
+        self.norm = norm
+        self.statistics: Tensor | None = None
 
 
 def upsample_nearest(x: Tensor, factor: tuple[int, int, int], frames: int) -> Tensor:

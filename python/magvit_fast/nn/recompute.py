@@ -26,8 +26,9 @@ _keep_plainly: contextvars.ContextVar[bool] = contextvars.ContextVar("keep_plain
 class _Recipe:
     """Stands for norm(x) among the tensors kept for the backward."""
 
-    def __init__(self, norm: GroupNormSiLU, x: Tensor) -> None:
+    def __init__(self, norm: GroupNormSiLU, x: Tensor, statistics: Tensor | None) -> None:
         self.norm, self.sources = norm, (x, norm.weight, norm.bias)
+        self.statistics = statistics
         self.versions = self._versions()
 
     def _versions(self) -> list[int]:
@@ -40,16 +41,24 @@ class _Recipe:
                 f"{type(self.norm).__name__} before a convolution"
             )
         with torch.no_grad():
-            return self.norm(self.sources[0])  # type: ignore[no-any-return]
+            return self.norm(self.sources[0], self.statistics)  # type: ignore[no-any-return]
 
 
-def norm_then(norm: GroupNormSiLU, layer: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+def norm_then(
+    norm: GroupNormSiLU,
+    layer: Callable[..., Tensor],
+    x: Tensor,
+    *more: Any,
+    statistics: Tensor | None = None,
+) -> Tensor:
     """layer(norm(x), *more), of which the backward keeps x where the layer would keep norm(x).
+
+    `statistics` are those of x for the norm, where there are any.
 
     Derivatives of every order are those of the plain composition. Changing x, or the norm's
     parameters, in place before the backward raises RuntimeError, as it does for kept tensors.
     """
-    y = norm(x)
+    y = norm(x, statistics)
     if not (torch.is_grad_enabled() and y.requires_grad) or torch.compiler.is_compiling():
         return layer(y, *more)
     if _keep_plainly.get():
@@ -58,7 +67,7 @@ def norm_then(norm: GroupNormSiLU, layer: Callable[..., Tensor], x: Tensor, *mor
 
     def pack(kept: Tensor) -> Tensor | _Recipe:
         is_y = kept.data_ptr() == address and kept.shape == size and kept.dtype == y_dtype
-        return _Recipe(norm, x) if is_y else kept
+        return _Recipe(norm, x, statistics) if is_y else kept
 
     def unpack(kept: Tensor | _Recipe) -> Tensor:
         return kept.cook() if isinstance(kept, _Recipe) else kept

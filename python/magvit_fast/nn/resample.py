@@ -14,6 +14,7 @@ from magvit_fast import ops
 from magvit_fast.nn.norm import upsample_nearest
 from magvit_fast.nn.stream import StreamState
 from magvit_fast.nn.style import CAUSAL, TWO_SIDED, LayerStyle
+from magvit_fast.ops._conv_fused import joins_passes
 
 
 def strided_conv(
@@ -52,11 +53,13 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C, s_t * T - dropped, 2 H, 2 W]."""
         drop = _dropped(self.factor[0], self.causal, state)
-        y = self.conv(x, state)
-        if drop and self.keep_first_frame:
-            frames = ops.depth_to_space3d(y, self.factor)
-            return torch.cat([frames[:, :, :1], frames[:, :, 1 + drop :]], dim=2)
-        return ops.depth_to_space3d(y, self.factor, drop_first=drop)
+        keep = drop > 0 and self.keep_first_frame
+        dropped = 0 if keep else drop
+        if joins_passes(x):
+            y = self.conv.to_space(x, self.factor, dropped, state)
+        else:
+            y = ops.depth_to_space3d(self.conv(x, state), self.factor, drop_first=dropped)
+        return torch.cat([y[:, :, :1], y[:, :, 1 + drop :]], dim=2) if keep else y
 
 
 def average_pool(x: Tensor, factor: tuple[int, int, int]) -> Tensor:

@@ -202,14 +202,24 @@ def _launch_forward(
     _native.trace("causal_conv3d", x=tuple(x.shape), weight=tuple(weight.shape), dtype=x.dtype,
                   device=x.device, geometry=how)  # fmt: skip
     if y.numel():
-        earlier = None if history is None else channels_last(history)
-        frames = 0 if history is None else history.shape[2]
-        numbers = _shape_numbers(x.shape, frames, size, weight.shape[2:], x.dtype, how)
-        added = None if residual is None else channels_last(residual)
-        packed = _packed_weights.of_conv(weight, numbers, True)
-        tensors = [channels_last(x), earlier, packed, bias, added, y]
-        _run("causal_conv3d_forward", x.device, tensors, numbers)
+        tensors, numbers = operands(x, history, weight, bias, residual, size, how)
+        _run("causal_conv3d_forward", x.device, [*tensors, y], numbers)
     return _in_layout(y, is_channels_last(x))
+
+
+def operands(
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None, size: Sequence[int], geometry: Geometry,
+) -> tuple[list[Tensor | None], list[int]]:  # fmt: skip
+    """The tensors of a forward kernel as it takes them, and the numbers of its shape."""
+    frames = 0 if history is None else history.shape[2]
+    numbers = _shape_numbers(x.shape, frames, size, weight.shape[2:], x.dtype, geometry)
+    source, earlier, added = (
+        None if v is None else channels_last(v) for v in (x, history, residual)
+    )
+    beside = [source, earlier, bias, added]
+    packed = _packed_weights.of_conv(weight, numbers, True, beside)
+    return [source, earlier, packed, bias, added], numbers
 
 
 def _launch_input_grad(
@@ -223,8 +233,9 @@ def _launch_input_grad(
                   dtype=dy.dtype, device=dy.device, geometry=how)  # fmt: skip
     if dx.numel():
         numbers = _shape_numbers(x_size, history_frames, dy.shape, weight.shape[2:], dy.dtype, how)
-        earlier = dhistory if history_frames else None
-        tensors = [channels_last(dy), _packed_weights.of_conv(weight, numbers, False), dx, earlier]
+        earlier, source = dhistory if history_frames else None, channels_last(dy)
+        packed = _packed_weights.of_conv(weight, numbers, False, [source, dx, earlier])
+        tensors = [source, packed, dx, earlier]
         _run("causal_conv3d_input_grad", dy.device, tensors, numbers)
     return _in_layout(dx, in_channels_last), _in_layout(dhistory, in_channels_last)
 
@@ -268,16 +279,20 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, history, weight = ctx.saved_tensors
-        dx = dhistory = dweight = dbias = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
-        if ctx.needs_input_grad[2]:
-            dweight = _weight_grad(x, history, dy, weight.shape[2:], ctx.geometry)
-        if ctx.needs_input_grad[3]:
-            dbias = dy.sum((0, 2, 3, 4))
-        return dx, dhistory, dweight, dbias, dy if ctx.needs_input_grad[4] else None, None
+        return *forward_grads(ctx, grads[0]), None
+
+
+def forward_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, history, weight, bias and residual, the first inputs of a Function."""
+    x, history, weight = ctx.saved_tensors
+    dx = dhistory = dweight = dbias = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        dx, dhistory = _input_grad(dy, weight, x, history, ctx.geometry)
+    if ctx.needs_input_grad[2]:
+        dweight = _weight_grad(x, history, dy, weight.shape[2:], ctx.geometry)
+    if ctx.needs_input_grad[3]:
+        dbias = dy.sum((0, 2, 3, 4))
+    return dx, dhistory, dweight, dbias, dy if ctx.needs_input_grad[4] else None
 
 
 class _InputGrad(torch.autograd.Function):
@@ -357,6 +372,50 @@ def _weight_grad(
 
 
 # --- public -----------------------------------------------------------------------------------
+class Call(NamedTuple):
+    """A call whose arguments have been checked; `native`: the kernels serve it."""
+
+    x: Tensor
+    history: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    geometry: Geometry
+    native: bool
+
+
+def prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int | Sequence[int],
+    dilation: int | Sequence[int], groups: int, padding: Sequence[int] | None, time_mode: PadMode,
+    space_mode: PadMode, history: Tensor | None, residual: Tensor | None, impl: str,
+) -> Call:  # fmt: skip
+    """Check the arguments of causal_conv3d and decide who serves them."""
+    _checks.check_choice("time_mode", time_mode, PAD_MODES)
+    _checks.check_choice("space_mode", space_mode, PAD_MODES)
+    x, weight, bias, history, residual = _checks.under_autocast(x, weight, bias, history, residual)
+    _conv_checks.check_operands(x, weight, bias, history, groups)
+    steps = _checks.triple("stride", stride)
+    spread = _checks.triple("dilation", dilation)
+    _conv_checks.check_padding(padding)
+    pads = resolve_padding(weight.shape[2:], spread, padding)
+    if history is not None:  # the frames that replace padding; none: as if there were no history
+        used = min(history.shape[2], pads[0])
+        history = history[:, :, history.shape[2] - used :] if used else None
+    geometry = Geometry(list(steps), list(spread), groups, pads, time_mode, space_mode)
+    _conv_checks.check_geometry(x, history, weight, geometry)
+    if residual is not None:
+        _conv_checks.check_residual(residual, x, _out_shape(x, weight, geometry))
+    obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
+    slower = torch_is_faster(x, weight, steps, spread, groups)
+    native = _native.use_native("causal_conv3d", impl, obstacle, slower=slower)
+    return Call(x, history, weight, bias, residual, geometry, native)
+
+
+def run(call: Call) -> Tensor:
+    serve = _forward if call.native else reference
+    return serve(call.x, call.history, call.weight, call.bias, call.residual, call.geometry)
+
+
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -415,23 +474,8 @@ def causal_conv3d(
 
     Source: MAGVIT-v2 (arXiv 2310.05737) section 3.2 (causal convolution); MAGVIT v1 has back > 0.
     """
-    _checks.check_choice("time_mode", time_mode, PAD_MODES)
-    _checks.check_choice("space_mode", space_mode, PAD_MODES)
-    x, weight, bias, history, residual = _checks.under_autocast(x, weight, bias, history, residual)
-    _conv_checks.check_operands(x, weight, bias, history, groups)
-    steps = _checks.triple("stride", stride)
-    spread = _checks.triple("dilation", dilation)
-    _conv_checks.check_padding(padding)
-    pads = resolve_padding(weight.shape[2:], spread, padding)
-    if history is not None:  # the frames that replace padding; none: as if there were no history
-        used = min(history.shape[2], pads[0])
-        history = history[:, :, history.shape[2] - used :] if used else None
-    geometry = Geometry(list(steps), list(spread), groups, pads, time_mode, space_mode)
-    _conv_checks.check_geometry(x, history, weight, geometry)
-    if residual is not None:
-        _conv_checks.check_residual(residual, x, _out_shape(x, weight, geometry))
-    obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
-    slower = torch_is_faster(x, weight, steps, spread, groups)
-    if _native.use_native("causal_conv3d", impl, obstacle, slower=slower):
-        return _forward(x, history, weight, bias, residual, geometry)
-    return reference(x, history, weight, bias, residual, geometry)
+    call = prepare(
+        x, weight, bias, stride, dilation, groups, padding, time_mode, space_mode, history, residual,
+        impl,
+    )  # fmt: skip
+    return run(call)

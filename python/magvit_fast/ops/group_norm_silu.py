@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magvit_fast import _native
-from magvit_fast.ops import _checks
+from magvit_fast.ops import _checks, _norm_checks
 from magvit_fast.ops._layout import address, channels_last, empty_in_format, is_channels_last
 
 # --- contract ---------------------------------------------------------------------------------
@@ -107,6 +107,9 @@ _native.LIB.define(
     f"group_norm_silu({_OPERANDS}, float eps, {_SETTINGS}) -> (Tensor, Tensor)", tags=_TAGS
 )
 _native.LIB.define(
+    f"group_norm_silu_apply({_OPERANDS}, Tensor stats, {_SETTINGS}) -> Tensor", tags=_TAGS
+)
+_native.LIB.define(
     f"group_norm_silu_backward(Tensor dy, Tensor stats, {_OPERANDS}, {_SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
@@ -125,19 +128,31 @@ def _empty_map(x: Tensor, value: Tensor | None) -> Tensor:
     return empty_in_format(x, value.shape, is_channels_last(value))
 
 
-def _empty_stats(x: Tensor, settings: Settings) -> Tensor:
-    spans = x.shape[0] * (x.shape[2] if settings.per_frame else 1)
-    return x.new_empty((spans, settings.num_groups, 3), dtype=torch.float32)
+def empty_statistics(x: Tensor, num_groups: int, per_frame: bool) -> Tensor:
+    """Room for mean (as a sum of two floats) and 1 / std of each group of a frame, else of a clip."""
+    spans = x.shape[0] * (x.shape[2] if per_frame else 1)
+    return x.new_empty((spans, num_groups, 3), dtype=torch.float32)
 
 
 def _fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
     shift: Tensor | None, eps: float, *settings: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _like(x), _empty_stats(x, Settings(*settings))
+    how = Settings(*settings)
+    return _like(x), empty_statistics(x, how.num_groups, how.per_frame)
 
 
 torch.library.register_fake("magvit_fast::group_norm_silu", _fake, lib=_native.LIB)
+
+
+def _fake_apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, stats: Tensor, *settings: Any,
+) -> Tensor:  # fmt: skip
+    return _like(x)
+
+
+torch.library.register_fake("magvit_fast::group_norm_silu_apply", _fake_apply, lib=_native.LIB)
 
 
 def _fake_backward(
@@ -243,7 +258,22 @@ def _launch(
     shift: Tensor | None, eps: float, *settings: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     how = Settings(*settings)
-    stats = _empty_stats(x, how)
+    stats = empty_statistics(x, how.num_groups, how.per_frame)
+    return _run_forward(x, weight, bias, scale, shift, eps, how, stats, False), stats
+
+
+def _launch_apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, stats: Tensor, *settings: Any,
+) -> Tensor:  # fmt: skip
+    ready = stats.contiguous()
+    return _run_forward(x, weight, bias, scale, shift, 0.0, Settings(*settings), ready, True)
+
+
+def _run_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, eps: float, how: Settings, stats: Tensor, ready: bool,
+) -> Tensor:  # fmt: skip
     core, *where = _native.launcher(x.device)
     planes = _takes_planes(x, core, scale, shift)
     source = _dense(x, planes)
@@ -252,10 +282,25 @@ def _launch(
     if x.numel():
         call = _prepare(source, weight, bias, scale, shift, how, planes)
         core.group_norm_silu_forward(
-            call.numbers, eps, y.data_ptr(), stats.data_ptr(), call.space.data_ptr(), False, *where
+            call.numbers, eps, y.data_ptr(), stats.data_ptr(), call.space.data_ptr(), ready, *where
         )
         _native.finish(x.device)
-    return _in_format_of(x, y, planes), stats
+    return _in_format_of(x, y, planes)
+
+
+def statistics_of(x: Tensor, num_groups: int, per_frame: bool, eps: float) -> Tensor:
+    """What group_norm_silu takes as `statistics` of x, for a launch that has none of its own."""
+    stats = empty_statistics(x, num_groups, per_frame)
+    if x.numel():
+        core, *where = _native.launcher(x.device)
+        planes = _takes_planes(x, core)
+        how = Settings([1, 1, 1], num_groups, per_frame, False)
+        call = _prepare(_dense(x, planes), None, None, None, None, how, planes)
+        core.group_norm_silu_forward(
+            call.numbers, eps, 0, stats.data_ptr(), call.space.data_ptr(), False, *where
+        )
+        _native.finish(x.device)
+    return stats
 
 
 def _launch_backward(
@@ -307,8 +352,10 @@ def _sum_to_map(by_cell: Tensor, result: Tensor, cell: int, skipped: int) -> Ten
 
 for _device in ("CPU", "CUDA"):
     _native.LIB.impl("group_norm_silu", _launch, _device)
+    _native.LIB.impl("group_norm_silu_apply", _launch_apply, _device)
     _native.LIB.impl("group_norm_silu_backward", _launch_backward, _device)
 _OP = torch.ops.magvit_fast.group_norm_silu.default
+_APPLY = torch.ops.magvit_fast.group_norm_silu_apply.default
 _BACKWARD = torch.ops.magvit_fast.group_norm_silu_backward.default
 
 
@@ -320,9 +367,12 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-        shift: Tensor | None, eps: float, settings: Settings,
+        shift: Tensor | None, eps: float, settings: Settings, stats: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        y, stats = _OP(x, weight, bias, scale, shift, eps, *settings)
+        if stats is None:
+            y, stats = _OP(x, weight, bias, scale, shift, eps, *settings)
+        else:
+            y = _APPLY(x, weight, bias, scale, shift, stats, *settings)
         ctx.save_for_backward(stats, x, weight, bias, scale, shift)
         ctx.eps, ctx.settings = eps, settings
         return y  # type: ignore[no-any-return]
@@ -333,13 +383,13 @@ class _GroupNormSiLU(torch.autograd.Function):
         needed = ctx.needs_input_grad[:5]
         # torch.compile traces this with gradients on and cannot differentiate twice anyway.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_grads(operands, needed, grads[0], ctx), None, None
+            return *_differentiable_grads(operands, needed, grads[0], ctx), None, None, None
         found = _BACKWARD(grads[0], stats, *operands, *ctx.settings)
         results = [
             g.to(v.dtype) if v is not None and need else None
             for g, v, need in zip(found, operands, needed, strict=True)
         ]
-        return *results, None, None
+        return *results, None, None, None
 
 
 def _differentiable_grads(
@@ -356,52 +406,6 @@ def _differentiable_grads(
 
 
 # --- public -----------------------------------------------------------------------------------
-def _check(
-    x: Tensor,
-    num_groups: int,
-    affine: dict[str, Tensor | None],
-    adaptive: dict[str, Tensor | None],
-    factor: Sequence[int],
-    activation: str | None,
-) -> None:
-    channels = x.shape[1]
-    _checks.check_int("num_groups", num_groups)
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(
-            f"num_groups: expected a divisor of the {channels} channels of x, got {num_groups}"
-        )
-    for name, value in affine.items():
-        if value is not None:
-            _checks.check_tensor(name, value, ndim=1, floating=True)
-            _checks.check_same(name, value, "x", x, dtype=False)
-            if value.shape[0] != channels:
-                raise ValueError(f"{name}: expected shape ({channels},), got {tuple(value.shape)}")
-    for name, value in adaptive.items():
-        if value is not None:
-            _checks.check_tensor(name, value, floating=True)
-            _checks.check_same(name, value, "x", x, dtype=False)
-            _check_repeats(name, value, x, factor)
-    if activation not in ("silu", None):
-        raise ValueError(f"activation: expected 'silu' or None, got {activation!r}")
-
-
-def _check_repeats(name: str, value: Tensor, x: Tensor, factor: Sequence[int]) -> None:
-    full = [*x.shape[:2], *(-(-n // f) for n, f in zip(x.shape[2:], factor, strict=True))]
-    tail = full[len(full) - value.dim() :]
-    whole = all(n % f == 0 for n, f in zip(x.shape[3:], factor[1:], strict=True))
-    fits = (
-        whole
-        and value.dim() <= 5
-        and all(v in (1, n) for v, n in zip(value.shape, tail, strict=True))
-    )
-    if not fits:
-        how = f" when repeated by {tuple(factor)}" if max(factor) > 1 else ""
-        raise ValueError(
-            f"{name}: expected a shape broadcastable to x's {tuple(x.shape)}{how}, "
-            f"got {tuple(value.shape)}"
-        )
-
-
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -414,6 +418,7 @@ def group_norm_silu(
     shift: Tensor | None = None,
     factor: int | tuple[int, int, int] = 1,
     activation: Literal["silu"] | None = "silu",
+    statistics: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Group norm (per frame or clip-wide), affine and adaptive terms, then SiLU.
@@ -429,6 +434,9 @@ def group_norm_silu(
             positions, and the first block lacks its leading frames where T is no multiple of f_t.
             They are never written out at x's size.
         activation: "silu" or None.
+        statistics: those of x where whoever made x has left them (ops/_conv_fused.py): [B * T, or B for
+            the whole clip, num_groups, 3] in float32, mean as a sum of two floats and 1 / sqrt(var +
+            eps). A kernel then reads x once. Gradients are those of statistics made here.
         impl: "auto", "native" or "reference".
 
     Returns:
@@ -445,12 +453,17 @@ def group_norm_silu(
     eps = _checks.check_number("eps", eps, least=0.0)
     factors = list(_checks.triple("factor", factor))
     adaptive = {"scale": scale, "shift": shift}
-    _check(x, num_groups, {"weight": weight, "bias": bias}, adaptive, factors, activation)
+    _norm_checks.check(
+        x, num_groups, {"weight": weight, "bias": bias}, adaptive, factors, activation
+    )
+    _norm_checks.check_statistics(statistics, x, num_groups, per_frame)
     scale, shift = (
         None if v is None else v.reshape((1,) * (5 - v.dim()) + v.shape) for v in (scale, shift)
     )
     settings = Settings(factors, num_groups, per_frame, activation == "silu")
     obstacle = _native.native_dtype_obstacle(x.dtype) or _native.missing_core(x.device)
     if _native.use_native("group_norm_silu", impl, obstacle):
-        return _GroupNormSiLU.apply(x, weight, bias, scale, shift, eps, settings)  # type: ignore[no-untyped-call, no-any-return]
+        return _GroupNormSiLU.apply(  # type: ignore[no-untyped-call, no-any-return]
+            x, weight, bias, scale, shift, eps, settings, statistics
+        )
     return reference(x, weight, bias, scale, shift, eps, settings)
