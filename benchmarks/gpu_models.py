@@ -31,7 +31,7 @@ def _under(impl: Impl, call: Callable[..., Any], *inputs: Any) -> Any:
 def _row(name: str, make: Callable[[], tuple[Any, ...]], call: Callable[..., Any], **facts: Any) -> Row:  # fmt: skip
     return Row(
         name, make, {"the same modules in PyTorch": functools.partial(_under, "reference", call)},
-        functools.partial(_under, "native", call), rotate=False, sm90a=("gather", "weight_grad"), **facts,
+        functools.partial(_under, "native", call), rotate=False, sm90a=("gather", "weight_grad", "fused"), **facts,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_fused import joined_rows, norm_rows
 from benchmarks.gpu_models import generation_row, tokenizer_rows
 from benchmarks.gpu_row import CHANNELS_LAST, Row
 
@@ -270,21 +271,6 @@ def _machine_rows() -> Iterator[Row]:
     )  # fmt: skip
 
 
-def _norm_rows() -> Iterator[Row]:
-    for batch in (1, 8):
-
-        def make(batch: int = batch) -> tuple[Any, ...]:
-            x = _randn(batch, 128, 17, 128, 128, dtype=torch.bfloat16)
-            one = torch.ones(128, device=DEVICE, dtype=torch.bfloat16)
-            return x.contiguous(memory_format=CHANNELS_LAST), one, torch.zeros_like(one)
-
-        yield Row(
-            f"group_norm_silu 128 17x128x128 b{batch} bfloat16 (the bar)", make,
-            {"F.group_norm, F.silu": lambda x, w, b: F.silu(F.group_norm(x, 32, w, b))},
-            bytes=batch * 128 * 17 * 128 * 128 * 2 * 3.0,
-        )  # fmt: skip
-
-
 def all_rows() -> list[Row]:
     """Most important first; a session that runs out of time leaves out the last ones."""
     conv = [
@@ -297,4 +283,6 @@ def all_rows() -> list[Row]:
     rest = [r for r in conv if r not in layers]
     small = [*_remask_rows(), *_lfq_rows(), *_embedding_rows()]
     models = [*tokenizer_rows(), generation_row()]
-    return [*_machine_rows(), *layers[:6], *_norm_rows(), *small, *models, *layers[6:], *rest]
+    norms = [*norm_rows()]
+    first = [*_machine_rows(), *layers[:6], *joined_rows(), *norms[:6]]
+    return [*first, *small, *models, *norms[6:], *layers[6:], *rest]

@@ -36,6 +36,7 @@ ROW_SECONDS, LATE_SECONDS = 100, 30  # of one row; that the last one may take be
 HANG_SECONDS = 30  # after so long a test says where it is
 SM90A_TESTS = {  # of the kernels that are off by default
     "gather": "tests/cuda/test_causal_conv3d_sm90.py",
+    "fused": "tests/cuda/test_conv_fused.py",
     "weight_grad": "tests/cuda/test_causal_conv3d_sm90_weight.py",
 }
 SM90A = "ours, sm90a kernels"  # the way's name

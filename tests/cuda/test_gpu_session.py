@@ -95,7 +95,7 @@ def test_table_names_the_winner() -> None:
 def test_kernels_off_by_default_are_tested_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     # One that hangs may cost its own stage, not the tests of the others; and is then not measured.
     asked: list[tuple[str, ...]] = []
-    gather, weight_grad = gpu_session.SM90A_TESTS.values()
+    gather, fused, weight_grad = paths = tuple(gpu_session.SM90A_TESTS.values())
 
     def pytest_of(seconds: float, *arguments: str) -> dict[str, Any]:
         asked.append(arguments)
@@ -105,9 +105,14 @@ def test_kernels_off_by_default_are_tested_apart(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     gpu_session.tests(float("inf"))
     stage = gpu_session.sm90a(float("inf"))
-    assert stage["served"] == ["weight_grad"]
+    assert stage["served"] == ["fused", "weight_grad"]
     assert stage["status"] == 124
-    assert asked == [(f"--ignore={gather}", f"--ignore={weight_grad}"), (gather,), (weight_grad,)]
+    assert asked == [
+        tuple(f"--ignore={path}" for path in paths),
+        (gather,),
+        (fused,),
+        (weight_grad,),
+    ]
     assert all((ROOT / path).is_file() for path in gpu_session.SM90A_TESTS.values())
 
 
