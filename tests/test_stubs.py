@@ -59,6 +59,7 @@ NOT_KERNELS = (
     "causal_conv3d_source_index",
     "causal_conv3d_readers",
     "causal_conv3d_sm90_walk",
+    "causal_conv3d_sm90_weight_walk",
     "causal_conv3d_wgmma_descriptor",
     "causal_conv3d_swizzle",
     "group_norm_silu_takes_planes",
