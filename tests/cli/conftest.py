@@ -138,6 +138,8 @@ def done(cli: Callable[..., Result]) -> Callable[..., None]:
 
     def run(*words: str | Path) -> None:
         result = cli(*words)
+        if result.status == 130:  # the command took a signal for itself that ends the tests
+            raise KeyboardInterrupt
         assert result.status == 0, result.err
 
     return run
