@@ -79,6 +79,12 @@ def _first_line(command: list[str], containing: str = "") -> str | None:
     return lines[0] if lines and done.returncode == 0 else None
 
 
+def find_tools() -> None:
+    """cmake and ninja beside this Python, nvcc where its installer puts it: after what PATH has."""
+    for folder in (Path(sys.executable).parent, Path("/usr/local/cuda/bin")):
+        os.environ["PATH"] += os.pathsep + str(folder)
+
+
 def build(deadline: float) -> dict[str, Any]:
     """Configure and build in build/gpu, for this machine's architecture alone; cores beside the sources."""
     major, minor = torch.cuda.get_device_capability()
@@ -331,6 +337,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    find_tools()
     deadline = time.perf_counter() + args.minutes * 60 - 10
     report: dict[str, Any] = {"machine": machine(), "only": args.only, "stages": {}, "rows": []}
     path = _output_path(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -162,3 +163,9 @@ def test_the_tests_say_where_they_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [done["command"][at + 1] for at, word in enumerate(done["command"]) if word == "-W"] == [
         "default"
     ]
+
+
+def test_tools_are_found_behind_those_of_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/first")
+    gpu_session.find_tools()
+    assert os.environ["PATH"].split(os.pathsep)[:2] == ["/first", str(Path(sys.executable).parent)]
