@@ -13,8 +13,8 @@
 // kernel costs a third.
 //
 // FLOPs: 2 x rows x columns x taps reached x channels. Traffic per step: (128 + kColumns) x 64
-// bytes from L2. Registers (nvcc 13.0, sm_90a): 128, two blocks a multiprocessor; 48 to 64 bytes
-// are spilled at kColumns = 128, none below. Limits: 16-bit types; channels of a group in eights;
+// bytes from L2. Registers (nvcc 13.0, sm_90a): 128, two blocks a multiprocessor; none
+// spilled. Limits: 16-bit types; channels of a group in eights;
 // 2^31 - 1 tiles; coordinates along an axis below 2^30, offsets in int64.
 #include "causal_conv3d/gather.cuh"
 #include "common/cuda/ptx.cuh"
@@ -39,25 +39,45 @@ struct Stage {
   static constexpr int bytes = left_bytes + kColumns * kDepth * 2;
 };
 
-// The weights of 32 sum channels x kColumns columns, in the layout that the matrix load wants.
+// A thread's share of the weights of a step, 32 sum channels x kColumns columns in the layout that
+// the matrix load wants. What all steps share is worked out once.
 template <class T, bool kForward, int kColumns>
-__device__ __forceinline__ void load_weights(const GatherProblem& p, T* tile, int group, int tap,
-                                             int first_column, int first_channel) {
-  const int in = p.shape.group_in();
-  const int out = p.shape.group_out();
-  const int taps = p.shape.taps();
-  constexpr int kChunks = kForward ? kDepthChunks : kColumns / 8;  // of one row of the tile
-  constexpr int kTileRows = kForward ? kColumns : kDepth;
-  const T* weight = static_cast<const T*>(p.weight);
-  for (int unit = static_cast<int>(threadIdx.x); unit < kTileRows * kChunks; unit += kThreads) {
-    const int row = unit / kChunks, chunk = unit % kChunks;
-    const int cout = (kForward ? first_column : first_channel) + row;
-    const int cin = (kForward ? first_channel : first_column) + chunk * 8;
-    const bool inside = cout < out && cin < in;
-    const index_t offset = ((static_cast<index_t>(group) * out + cout) * taps + tap) * in + cin;
-    copy_async_16(tile + chunk_at<kChunks>(row, chunk) * 8, weight + (inside ? offset : 0), inside);
+struct WeightLoads {
+  static constexpr int chunks = kForward ? kDepthChunks : kColumns / 8;  // of one row of the tile
+  static constexpr int rows = kForward ? kColumns : kDepth, apart = kThreads / chunks;
+  static constexpr int count = rows > apart ? rows / apart : 1;
+
+  const T* from;     // tap 0, channel 0 of the sum, at this thread's first row and chunk
+  index_t row_step;  // to its next row
+  int row, chunk;
+  int columns;  // from this thread's first column on
+
+  __device__ __forceinline__ WeightLoads(const GatherProblem& p, int group, int first_column) {
+    const int in = p.shape.group_in(), out = p.shape.group_out();
+    row = static_cast<int>(threadIdx.x) / chunks;
+    chunk = static_cast<int>(threadIdx.x) % chunks;
+    const int cout = kForward ? first_column + row : row;
+    const int cin = kForward ? chunk * 8 : first_column + chunk * 8;
+    const index_t of_one = static_cast<index_t>(p.shape.taps()) * in;
+    from =
+        static_cast<const T*>(p.weight) + (static_cast<index_t>(group) * out + cout) * of_one + cin;
+    row_step = apart * of_one;
+    columns = kForward ? out - cout : in - cin;
   }
-}
+  // `at`: of the step's tap and first sum channel; `left`: sum channels from there on.
+  __device__ __forceinline__ void load(const GatherProblem& p, T* tile, index_t at,
+                                       int left) const {
+    if (rows < apart && row >= rows) return;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const bool inside = kForward ? i * apart < columns && chunk * 8 < left
+                                   : row + i * apart < left && columns > 0;
+      const void* here = p.weight;
+      if (inside) here = from + at + i * row_step;
+      copy_async_16(tile + chunk_at<chunks>(row + i * apart, chunk) * 8, here, inside);
+    }
+  }
+};
 
 template <class T, bool kForward, int kColumns>
 __device__ __forceinline__ void multiply_stage(const T* left, const T* weights, int warp_row,
@@ -119,22 +139,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int my_chunk = thread % kDepthChunks, my_row = thread / kDepthChunks;
   const int left_channel = place.group * depth + my_chunk * 8;
   const T* source[2] = {nullptr, nullptr};
+  const WeightLoads<T, kForward, kColumns> weight_loads(p, place.group, place.first_column);
+  index_t weights_at = 0;
   int chunk = 0;  // of the present entry, next to be loaded
   unsigned char* stages = dynamic_shared();
   const auto load_step = [&](int stage) {
     T* left = reinterpret_cast<T*>(stages + stage * Stage<kColumns>::bytes);
     T* weights = left + kRows * kDepth;
-    if (chunk == 0)
+    if (chunk == 0) {
       for (int i = 0; i < 2; ++i)
         source[i] = left_pixel<T, kForward>(p, walk, rows[my_row + i * 64], left_channel);
+      weights_at = static_cast<index_t>(tap_of(p, walk)) * in;
+    }
     const int channel = chunk * kDepth;
     for (int i = 0; i < 2; ++i) {
       const bool valid = source[i] != nullptr && channel + my_chunk * 8 < depth;
       copy_async_16(left + chunk_at<kDepthChunks>(my_row + i * 64, my_chunk) * 8,
                     valid ? source[i] + channel : p.weight, valid);
     }
-    load_weights<T, kForward, kColumns>(p, weights, place.group, tap_of(p, walk),
-                                        place.first_column, channel);
+    weight_loads.load(p, weights, weights_at, depth - channel);
+    weights_at += kForward ? kDepth : static_cast<index_t>(kDepth) * s.taps() * in;
     if (++chunk == chunks) {
       chunk = 0;
       walk.next(p.axes);
