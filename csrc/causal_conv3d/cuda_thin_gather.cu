@@ -5,22 +5,26 @@
 // UNVERIFIED on a device: compiled, and run on the emulator of the tests.
 //
 // First the thin tensor is written out with its padding (expand_kernel, 4 channels a quad), so that
-// a tap is an offset and no row needs a map. Then the sum of a row runs over its quads: 27 taps of
-// one quad are 7 slices of 16. In a slice, thread t of a warp holds quad t % 4 of rows t / 4 and
-// t / 4 + 8: exactly one load of 8 bytes each, from the first-level cache, no shared memory.
-// Weights lie in shared memory as the fragments of mma.sync, made once by a block that then takes
-// many tiles. Columns are permuted so that a thread ends with 8 neighboring channels: every store
-// is 16 bytes, every warp's store whole sectors.
+// a tap is an offset and no row needs a map. Then the sum of a pixel runs over its quads: 27 taps
+// of one quad are 7 slices of 16. Weights are the left operand of mma.sync, pixels the right one:
+// in a slice, thread t of a warp holds quad t % 4 of pixel t / 4, which is exactly one load of 8
+// bytes from the first-level cache into the register pair that the product wants. Weights lie in
+// shared memory as fragments, made once by a block that then takes many tiles. Their rows are
+// permuted so that a thread ends with 8 neighboring channels: every store is 16 bytes, eight lanes
+// fill 128.
 //
 // The input gradient adds passes for the copies of a pixel in replicated or reflected padding, only
 // in warps that have such a pixel.
 //
 // Floor, 3 -> 128 channels, 17x128x128, batch 8, bfloat16: 570 MB written, 13 read: 0.136 ms at 4.3
 // TB/s. The cells add 20 MB written and 20 read (L2), 9 us with the launch. Products: 64 GFLOP (112
-// of 81 terms), 0.11 ms at mma.sync's 600 TFLOP/s; about 660 instructions a warp for 32 pixels x 64
-// channels, 0.10 ms. All three overlap: predicted 0.18-0.21 ms.
-// The FMA kernel before it: 46 GFLOP useful of 62 at about 50 TFLOP/s, more than 1.2 ms.
-// Registers (nvcc 13.0, sm_90a): 119 forward, 127 input gradient, nothing spilled; two blocks a
+// of 81 terms), 0.11 ms at mma.sync's 600 TFLOP/s. Instructions, counted in the machine code: 70 a
+// slice (16 of them products), about 1,000 a warp for 32 pixels x 64 channels, 0.15 ms. All three
+// overlap: predicted 0.20-0.24 ms. The FMA kernel before it: 62 GFLOP at about 50 TFLOP/s, 1.2 ms.
+//
+// Ladder: pixels as the left operand (112 instructions a slice: four registers of a fragment are of
+// two pixels, which costs moves); pixels as the right one, two slices in turn (70).
+// Registers (nvcc 13.0, sm_90a): 119 forward, 126 input gradient, nothing spilled; two blocks a
 // multiprocessor.
 #include "causal_conv3d/cuda_thin.cuh"
 
@@ -29,7 +33,8 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kMostSlices = 22;  // 88 KB of weights
-constexpr int kWarpRows = 32, kWarpColumns = 64, kColumnTiles = kWarpColumns / 8;
+constexpr int kWarpRows = 32, kPixelTiles = kWarpRows / 8;
+constexpr int kWarpColumns = 64, kChannelTiles = kWarpColumns / 16;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // One thread a quad.
@@ -74,7 +79,7 @@ struct ThinSum {
   int row_tiles;
 };
 
-// What a block keeps: weights [slice][pair of column tiles][lane], then offsets and the bias.
+// What a block keeps: weights [slice][16 channels][lane], then offsets and the bias.
 template <int kColumns>
 struct Kept {
   static constexpr int slice = kColumns / 16 * 32;  // uint4 of a slice
@@ -84,10 +89,10 @@ struct Kept {
   }
 };
 
-// Thread q of four holds the columns 2 q and 2 q + 1 of every product tile: of four tiles, these
-// are to be the channels 8 q .. 8 q + 7.
-__device__ __forceinline__ int channel_of(int tile, int column) {
-  return tile / 4 * 32 + column / 2 * 8 + tile % 4 * 2 + column % 2;
+// A thread of a warp holds rows r = lane / 4 and r + 8 of every product tile: of the four tiles of
+// 64 channels, these are to be the channels 8 r .. 8 r + 7.
+__device__ __forceinline__ int channel_of(int tile, int r, int half) {
+  return tile / 4 * 64 + r * 8 + tile % 4 * 2 + half;
 }
 
 template <class T, bool kForward, int kColumns>
@@ -96,21 +101,25 @@ __device__ __forceinline__ void keep_weights(const ThinSum& p, int first_column,
   const int taps = s.taps(), in = s.in_channels;
   const int produce = kForward ? s.out_channels : in;
   const T* weight = static_cast<const T*>(p.g.weight);  // [Cout][tap][Cin]
-  constexpr int kTiles = kColumns / 8;
+  constexpr int kTiles = kColumns / 16;
   for (int unit = static_cast<int>(threadIdx.x); unit < p.slices * kTiles * 32; unit += kThreads) {
     const int lane = unit % 32, tile = unit / 32 % kTiles, slice = unit / 32 / kTiles;
     const int quad = slice * 4 + lane % 4;
-    const int column = first_column + channel_of(tile, lane / 4);
-    float value[kThinQuad] = {};
-    for (int i = 0; i < kThinQuad; ++i) {
-      const int thin = quad % p.plan.cell_quads * kThinQuad + i, tap = quad / p.plan.cell_quads;
-      if (quad >= p.quads || thin >= p.plan.channels || column >= produce) continue;
-      const index_t cout = kForward ? column : thin, cin = kForward ? thin : column;
-      value[i] = static_cast<float>(weight[(cout * taps + tap) * in + cin]);
-    }
-    auto* two = reinterpret_cast<uint2*>(kept + (slice * kTiles / 2 + tile / 2) * 32 + lane);
-    two[tile % 2].x = pack_pair<T>(value[0], value[1]);
-    two[tile % 2].y = pack_pair<T>(value[2], value[3]);
+    const int tap = quad / p.plan.cell_quads;
+    float value[2][kThinQuad] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < kThinQuad; ++i) {
+        const int column = first_column + channel_of(tile, lane / 4, half);
+        const int thin = quad % p.plan.cell_quads * kThinQuad + i;
+        if (quad >= p.quads || thin >= p.plan.channels || column >= produce) continue;
+        const index_t cout = kForward ? column : thin, cin = kForward ? thin : column;
+        value[half][i] = static_cast<float>(weight[(cout * taps + tap) * in + cin]);
+      }
+    kept[unit] =
+        make_uint4(pack_pair<T>(value[0][0], value[0][1]), pack_pair<T>(value[1][0], value[1][1]),
+                   pack_pair<T>(value[0][2], value[0][3]), pack_pair<T>(value[1][2], value[1][3]));
   }
 }
 
@@ -141,74 +150,77 @@ __device__ __forceinline__ ThinRow<T> thin_row(const ThinSum& p, unsigned row) {
   return at;
 }
 
-// Adds the rows whose bases the lanes hold (negative: none) times the weights of 64 columns.
+// Sums of a warp: 64 channels x 32 pixels.
+using Sums = float[kChannelTiles][kPixelTiles][4];
+
+// Adds the weights of 64 channels times the pixels whose bases the lanes hold (negative: none).
 template <class T, int kColumns>
-__device__ __forceinline__ void add_rows(const ThinSum& p, int lane_base, const uint4* weights,
-                                         const int* offsets, float (&sum)[2][kColumnTiles][4]) {
+__device__ __forceinline__ void add_pixels(const ThinSum& p, int lane_base, const uint4* weights,
+                                           const int* offsets, Sums& sum) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  int base[4];
+  int base[kPixelTiles];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) base[i] = __shfl_sync(kAllLanes, lane_base, i * 8 + lane / 4);
-  uint2 now[4], next[4] = {};
-  const auto load = [&](int slice, uint2(&rows)[4]) {
+  for (int i = 0; i < kPixelTiles; ++i)
+    base[i] = __shfl_sync(kAllLanes, lane_base, i * 8 + lane / 4);
+  const auto load = [&](int slice, uint2(&pixels)[kPixelTiles]) {
     const int quad = slice * 4 + lane % 4;
     const int offset = offsets[quad];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      rows[i] = {0, 0};
-      if (quad < p.quads && base[i] >= 0) rows[i] = __ldg(p.cells + base[i] + offset);
+    for (int i = 0; i < kPixelTiles; ++i) {
+      pixels[i] = {0, 0};
+      if (quad < p.quads && base[i] >= 0) pixels[i] = __ldg(p.cells + base[i] + offset);
     }
   };
-  load(0, now);
-  for (int slice = 0; slice < p.slices; ++slice) {
-    if (slice + 1 < p.slices) load(slice + 1, next);
+  const auto multiply = [&](int slice, const uint2(&pixels)[kPixelTiles]) {
     const uint4* fragments = weights + slice * Kept<kColumns>::slice + lane;
 #pragma unroll
-    for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
-      const uint4 b = fragments[pair * 32];
+    for (int tile = 0; tile < kChannelTiles; ++tile) {
+      const uint4 bits = fragments[tile * 32];
+      const std::uint32_t a[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const std::uint32_t a[4] = {now[2 * i].x, now[2 * i + 1].x, now[2 * i].y, now[2 * i + 1].y};
-        multiply_accumulate<T>(sum[i][pair * 2], a, b.x, b.y);
-        multiply_accumulate<T>(sum[i][pair * 2 + 1], a, b.z, b.w);
-      }
+      for (int i = 0; i < kPixelTiles; ++i)
+        multiply_accumulate<T>(sum[tile][i], a, pixels[i].x, pixels[i].y);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) now[i] = next[i];
+  };
+  uint2 even[kPixelTiles], odd[kPixelTiles];  // slices in turn: one comes, one is multiplied
+  load(0, even);
+#pragma unroll 1
+  for (int slice = 0; slice < p.slices; slice += 2) {
+    if (slice + 1 < p.slices) load(slice + 1, odd);
+    multiply(slice, even);
+    if (slice + 1 >= p.slices) break;
+    if (slice + 2 < p.slices) load(slice + 2, even);
+    multiply(slice + 1, odd);
   }
 }
 
-// The sums of a warp to memory.
+// The sums of a warp to memory: a thread has 8 channels of pixels 2 (lane % 4) and + 1 of each
+// tile.
 template <class T, bool kForward>
-__device__ __forceinline__ void leave_rows(const ThinSum& p, const ThinRow<T>& at, int first_column,
-                                           const float* bias,
-                                           const float (&sum)[2][kColumnTiles][4]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+__device__ __forceinline__ void leave_pixels(const ThinSum& p, const ThinRow<T>& at,
+                                             int first_column, const float* bias, const Sums& sum) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, column = lane / 4 * 8;
   const int produce = kForward ? p.g.shape.out_channels : p.g.shape.in_channels;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < kPixelTiles; ++i)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int one = 0; one < 2; ++one) {
       auto address = reinterpret_cast<std::uintptr_t>(at.result);
-      address = __shfl_sync(kAllLanes, address, i * 16 + half * 8 + lane / 4);
+      address = __shfl_sync(kAllLanes, address, i * 8 + lane % 4 * 2 + one);
       T* result = reinterpret_cast<T*>(address);
+      if (result == nullptr || first_column + column >= produce) continue;
+      float value[8];
 #pragma unroll
-      for (int four = 0; four < kColumnTiles / 4; ++four) {
-        const int column = four * 32 + lane % 4 * 8;
-        if (result == nullptr || first_column + column >= produce) continue;
-        float value[8];
+      for (int k = 0; k < 8; ++k) value[k] = sum[k / 2][i][k % 2 * 2 + one];
+      T* to = result + first_column + column;
+      if (kForward) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) value[k] = sum[i][four * 4 + k / 2][half * 2 + k % 2];
-        T* to = result + first_column + column;
-        if (kForward) {
-#pragma unroll
-          for (int k = 0; k < 8; ++k) value[k] += bias[column + k];
-          if (p.g.residual != nullptr)
-            add_eight(value,
-                      static_cast<const T*>(p.g.residual) + (to - static_cast<const T*>(p.g.out)));
-        }
-        *reinterpret_cast<uint4*>(to) = pack_eight<T>(value);
+        for (int k = 0; k < 8; ++k) value[k] += bias[column + k];
+        if (p.g.residual != nullptr)
+          add_eight(value,
+                    static_cast<const T*>(p.g.residual) + (to - static_cast<const T*>(p.g.out)));
       }
+      *reinterpret_cast<uint4*>(to) = pack_eight<T>(value);
     }
 }
 
@@ -236,9 +248,9 @@ __global__ void __launch_bounds__(kThreads, 2) thin_sum_kernel(ThinSum p) {
        tile += static_cast<int>(gridDim.x)) {
     const ThinRow<T> at =
         thin_row<T, kForward>(p, static_cast<unsigned>(tile) * kRows + warp_row + lane);
-    float sum[2][kColumnTiles][4] = {};
+    Sums sum = {};
     if (kForward) {
-      add_rows<T, kColumns>(p, p.plan.base(at.n, at.t, at.h, at.w), own, offsets, sum);
+      add_pixels<T, kColumns>(p, p.plan.base(at.n, at.t, at.h, at.w), own, offsets, sum);
     } else {
       const int copies_t = copies(s.t, at.t), copies_h = copies(s.h, at.h),
                 copies_w = copies(s.w, at.w);
@@ -251,10 +263,10 @@ __global__ void __launch_bounds__(kThreads, 2) thin_sum_kernel(ThinSum p) {
                 here ? p.plan.base(at.n, copy_position(s.t, at.t, jt), copy_position(s.h, at.h, jh),
                                    copy_position(s.w, at.w, jw))
                      : -1;
-            add_rows<T, kColumns>(p, base, own, offsets, sum);
+            add_pixels<T, kColumns>(p, base, own, offsets, sum);
           }
     }
-    leave_rows<T, kForward>(p, at, first_column + warp_column, bias + warp_column, sum);
+    leave_pixels<T, kForward>(p, at, first_column + warp_column, bias + warp_column, sum);
   }
 }
 

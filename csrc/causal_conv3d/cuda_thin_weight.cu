@@ -18,8 +18,11 @@
 //
 // Floor, 3 -> 128 channels, 17x128x128, batch 8, bfloat16: 584 MB read, 0.136 ms at 4.3 TB/s.
 // Shared memory 1.7 KB a pixel, 0.13 ms at 28.7 TB/s; products 64 GFLOP, 0.11 ms at mma.sync's 600
-// TFLOP/s; cells 9 us, parts and their sum 22 MB each way, 10 us. Predicted 0.20-0.24 ms.
-// Registers (nvcc 13.0, sm_90a): 242 to 255, nothing spilled; one block a multiprocessor.
+// TFLOP/s; instructions, counted in the machine code: at most 664 a warp and step (56 of them
+// products), 0.2 ms; cells 9 us, parts and their sum 22 MB each way, 10 us. Predicted 0.22-0.30 ms;
+// 1,129 instructions where rows are padded positions or there is a history. First step beyond: the
+// walk of a warp's rows (a third of the instructions) once for eight steps. Registers (nvcc 13.0,
+// sm_90a): 242, nothing spilled; one block a multiprocessor.
 #include "causal_conv3d/cuda_thin.cuh"
 #include "common/cuda/tile.h"
 
@@ -40,6 +43,8 @@ struct ThinWeight {
   WeightProblem g;
   ThinPlan plan;
   const uint2* cells;
+  const void* wide;  // dy where x is thin, else x
+  int wide_channels;
   int quads;       // of a row: taps * cell_quads
   int quad_tiles;  // tiles of the grid's x: quads fastest
 };
@@ -70,22 +75,23 @@ struct RowWalk {
   }
 };
 
-// The wide channels of a row, or null for zeros.
-template <class T, bool kThinIn>
+// The wide channels of a row, or null for zeros. kLinear: rows are the wide tensor's own pixels.
+template <class T, bool kLinear>
 __device__ __forceinline__ const T* wide_pixel(const ThinWeight& p, const RowWalk& at,
                                                index_t row) {
   const GemmShape& s = p.g.shape;
-  if (kThinIn) return static_cast<const T*>(p.g.dy) + row * s.out_channels;
+  if (kLinear) return static_cast<const T*>(p.wide) + row * p.wide_channels;
   const Gathered from =
       source_pixel(s, at.n, source_at(s.t, p.plan.t.first + at.t),
                    source_at(s.h, p.plan.h.first + at.h), source_at(s.w, p.plan.w.first + at.w));
   if (from.pixel < 0) return nullptr;
-  return static_cast<const T*>(from.in_history ? p.g.history : p.g.x) + from.pixel * s.in_channels;
+  return static_cast<const T*>(from.in_history ? p.g.history : p.wide) +
+         from.pixel * p.wide_channels;
 }
 
 // What a thread copies at every step: quad `lane` of rows warp, warp + 8, ..; and chunk thread % 16
 // of rows thread / 16, + 16, ..
-template <class T, bool kThinIn>
+template <class T, bool kLinear>
 struct Loader {
   const ThinWeight& p;
   index_t next, end;  // rows: the first of the next step, past the last
@@ -105,7 +111,7 @@ struct Loader {
                            tap % s.w.kernel) +
              quad % p.plan.cell_quads;
     channel = first_channel + thread % kChunks * 8;
-    has_channel = channel < (kThinIn ? s.out_channels : s.in_channels);
+    has_channel = channel < p.wide_channels;
     thin.set(p.plan, static_cast<unsigned>(begin) + static_cast<unsigned>(thread / 32));
     wide.set(p.plan, static_cast<unsigned>(begin) + static_cast<unsigned>(thread / kChunks));
   }
@@ -126,11 +132,11 @@ struct Loader {
     for (int i = 0; i < kDepth / kRowsAtOnce; ++i) {
       const int row = thread / kChunks + i * kRowsAtOnce;
       const T* from =
-          has_channel && next + row < end ? wide_pixel<T, kThinIn>(p, wide, next + row) : nullptr;
+          has_channel && next + row < end ? wide_pixel<T, kLinear>(p, wide, next + row) : nullptr;
       copy_async_16(wide_tile + chunk_at<kChunks>(row, thread % kChunks) * 8,
                     from != nullptr ? static_cast<const void*>(from + channel) : p.cells,
                     from != nullptr);
-      if (!kThinIn) wide.advance(p.plan, kRowsAtOnce);
+      if (!kLinear) wide.advance(p.plan, kRowsAtOnce);
     }
     next += kDepth;
   }
@@ -170,12 +176,11 @@ __device__ __forceinline__ void multiply_step(const T* wide_tile, const T* thin_
 }
 
 // Where a sum goes: [Cout][tap][Cin], or nowhere.
-template <bool kThinIn>
 __device__ __forceinline__ void leave_sums(const ThinWeight& p, int first_channel, int first_quad,
                                            const Sums& sum) {
   const GemmShape& s = p.g.shape;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int taps = s.taps(), wide_channels = kThinIn ? s.out_channels : s.in_channels;
+  const int taps = s.taps();
   float* part = p.g.partial + static_cast<index_t>(blockIdx.y) * s.weights();
 #pragma unroll
   for (int j = 0; j < kWarpColumns; ++j)
@@ -188,14 +193,15 @@ __device__ __forceinline__ void leave_sums(const ThinWeight& p, int first_channe
 #pragma unroll
       for (int i = 0; i < kWarpRows; ++i) {
         const int wide = first_channel + (warp * kWarpRows + i) * 16 + e / 2 * 8 + lane / 4;
-        if (wide >= wide_channels) continue;
-        const index_t cout = kThinIn ? wide : thin, cin = kThinIn ? thin : wide;
+        if (wide >= p.wide_channels) continue;
+        const index_t cout = p.plan.of_sources ? wide : thin;
+        const index_t cin = p.plan.of_sources ? thin : wide;
         part[(cout * taps + tap) * s.in_channels + cin] = sum[i][j][e];
       }
     }
 }
 
-template <class T, bool kThinIn>
+template <class T, bool kLinear>
 __global__ void __launch_bounds__(kThreads) thin_weight_kernel(ThinWeight p) {
   const int thread = static_cast<int>(threadIdx.x);
   const int first_quad = static_cast<int>(blockIdx.x) % p.quad_tiles * kQuads;
@@ -204,7 +210,7 @@ __global__ void __launch_bounds__(kThreads) thin_weight_kernel(ThinWeight p) {
   const index_t end =
       begin + p.g.split.pixels_per_part < rows ? begin + p.g.split.pixels_per_part : rows;
   const int steps = static_cast<int>(ceil_div(end - begin, index_t{kDepth}));
-  Loader<T, kThinIn> loader(p, begin, end, first_quad, first_channel);
+  Loader<T, kLinear> loader(p, begin, end, first_quad, first_channel);
   unsigned char* stages = dynamic_shared();
   const auto tile = [&](int step, int which) {
     return reinterpret_cast<T*>(stages + step % kStages * kStageBytes + which * kTileBytes);
@@ -237,13 +243,13 @@ __global__ void __launch_bounds__(kThreads) thin_weight_kernel(ThinWeight p) {
 #pragma unroll
   for (int i = 0; i < kSums; ++i)
     sum[i / 4 / kWarpColumns][i / 4 % kWarpColumns][i % 4] += others[i * kGroupThreads];
-  leave_sums<kThinIn>(p, first_channel, first_quad, sum);
+  leave_sums(p, first_channel, first_quad, sum);
 }
 
-template <class T, bool kThinIn>
+template <class T, bool kLinear>
 void launch_weight(const ThinWeight& p, const DeviceGuard& guard, const ExecContext& ctx) {
   const unsigned tiles = static_cast<unsigned>(thin_weight_tiles(p.g.shape));
-  launch(guard, ctx, thin_weight_kernel<T, kThinIn>,
+  launch(guard, ctx, thin_weight_kernel<T, kLinear>,
          dim3(tiles, static_cast<unsigned>(p.g.split.parts)), kThreads, kStages * kStageBytes, p);
 }
 
@@ -272,10 +278,21 @@ void thin_weight(const WeightProblem& g, void* cells, const DeviceGuard& guard,
   thin_expand(s, plan, of_sources ? g.x : g.dy, of_sources ? g.history : nullptr, cells, guard,
               ctx);
   const int quads = s.taps() * plan.cell_quads;
-  const ThinWeight p{g, plan, static_cast<const uint2*>(cells), quads, ceil_div(quads, kQuads)};
+  const ThinWeight p{g,
+                     plan,
+                     static_cast<const uint2*>(cells),
+                     of_sources ? g.dy : g.x,
+                     of_sources ? s.out_channels : s.in_channels,
+                     quads,
+                     ceil_div(quads, kQuads)};
+  const auto plain = [](const ThinAxis& axis, int source) {
+    return axis.first == 0 && axis.rows == source;
+  };
+  const bool linear = of_sources || (s.history_frames == 0 && plain(plan.t, s.t.source) &&
+                                     plain(plan.h, s.h.source) && plain(plan.w, s.w.source));
   with_half_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    if (of_sources) return launch_weight<T, true>(p, guard, ctx);
+    if (linear) return launch_weight<T, true>(p, guard, ctx);
     launch_weight<T, false>(p, guard, ctx);
   });
 }
