@@ -14,7 +14,7 @@
 //
 // FLOPs: 2 x rows x columns x taps reached x channels. Traffic per step: (128 + kColumns) x 64
 // bytes from L2. Registers (nvcc 13.0, sm_90a): 128, two blocks a multiprocessor; none
-// spilled. Limits: 16-bit types; channels of a group in eights;
+// spilled (sm_80: 44 bytes at kColumns = 128). Limits: 16-bit types; channels of a group in eights;
 // 2^31 - 1 tiles; coordinates along an axis below 2^30, offsets in int64.
 #include "causal_conv3d/gather.cuh"
 #include "common/cuda/ptx.cuh"
