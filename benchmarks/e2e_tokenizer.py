@@ -30,9 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs as a file, too
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
-import magvit_fast as mf  # noqa: E402
+from benchmarks import tokenizer_work  # noqa: E402
 from benchmarks.machine import describe  # noqa: E402
 from magvit_fast import _native  # noqa: E402
 
@@ -61,48 +60,18 @@ class Work:
 
 def prepare(work: Work, layout: str) -> Callable[[], object]:
     """The work as a call; weights and inputs exist when it returns."""
-    torch.manual_seed(0)
     dtype, memory_format = getattr(torch, work.dtype), FORMATS[layout]
-    tokenizer: Any = mf.models.MagvitV2Tokenizer.from_preset(work.preset).to(dtype)
-    video = torch.rand(1, 3, work.frames, work.size, work.size).to(dtype)
-    video = video.contiguous(memory_format=memory_format)
-    if work.what == "train":
-        return _training_step(tokenizer, video)
-    tokenizer.eval()
+    tokenizer = tokenizer_work.drawn_tokenizer(work.preset, "cpu", dtype)
+    if work.what == "decode":
+        latent = tokenizer_work.codes(
+            tokenizer, 1, work.frames, work.size, "cpu", dtype, memory_format
+        )
+        return lambda: tokenizer_work.decode(tokenizer, latent)
+    video = tokenizer_work.noise(1, work.frames, work.size, "cpu", dtype, memory_format)
     if work.what == "encode":
-        return lambda: _encode(tokenizer, video)
-    grid = tokenizer.config.latent_shape(work.frames, work.size, work.size)
-    latent = torch.randn(1, tokenizer.config.num_bits, *grid).sign().to(dtype)
-    latent = latent.contiguous(memory_format=memory_format)
-    return lambda: _decode(tokenizer, latent)
-
-
-@torch.no_grad()
-def _encode(tokenizer: Any, video: Tensor) -> Tensor:
-    # Not tokenizer.encode, which brings every video into channels_last_3d.
-    ids: Tensor = tokenizer.quantizer(tokenizer.encoder(video), with_losses=False).ids
-    return ids
-
-
-@torch.no_grad()
-def _decode(tokenizer: Any, latent: Tensor) -> Tensor:
-    video: Tensor = tokenizer.decoder(latent).clamp(0, 1)
-    return video
-
-
-def _training_step(tokenizer: Any, video: Tensor) -> Callable[[], object]:
-    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-4, betas=(0.0, 0.99))
-
-    def step() -> float:
-        quantized = tokenizer.quantizer(tokenizer.encoder(video))
-        reconstruction = tokenizer.decoder(quantized.quantized)
-        loss = (reconstruction - video).square().mean() + quantized.losses["quantizer"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step
+        return lambda: tokenizer_work.encode(tokenizer, video)
+    optimizer = tokenizer_work.adam(tokenizer.train())
+    return lambda: tokenizer_work.training_step(tokenizer, optimizer, video)
 
 
 def seconds(work: Work, rounds: int) -> dict[str, float]:

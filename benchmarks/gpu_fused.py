@@ -61,7 +61,8 @@ def norm_rows() -> Iterator[Row]:
         label = f"group_norm_silu {name} b{batch} bfloat16"
         moved = 2.0 * batch * channels * size[0] * size[1] * size[2]
         way = {"F.group_norm of frames, F.silu": _torch_norm}
-        yield Row(label, make, way, ours, bytes=3 * moved)
+        yield Row(label, make, way, ours, bytes=3 * moved,
+                  compiled=lambda compiler: compiler(_torch_norm))  # fmt: skip
         yield Row(f"{label} ready statistics", make, way, ready, bytes=2 * moved)
         yield Row(
             f"{label} both passes", make,

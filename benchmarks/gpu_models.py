@@ -2,7 +2,6 @@
 
 Ours and PyTorch's way are the same modules, with impl="native" and impl="reference" behind every op, in
 channels_last_3d and bfloat16 (the training step: bfloat16 by autocast, weights and Adam in float32).
-Weights are drawn, not trained: the work does not depend on them.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_row import CHANNELS_LAST, Row
+from benchmarks import tokenizer_work
+from benchmarks.gpu_row import CHANNELS_LAST, Compiled, Row
 
 # FLOPs of one 17x128x128 clip through magvit-v2-base, padding counted: encoder, decoder.
 ENCODE_FLOPS, DECODE_FLOPS = 4.471e12, 6.191e12
+MODEL_COMPILE_SECONDS = 75.0  # that torch.compile of one model may take
 Impl = Literal["native", "reference"]
 
 
@@ -28,58 +29,36 @@ def _under(impl: Impl, call: Callable[..., Any], *inputs: Any) -> Any:
         return call(*inputs)
 
 
-def _row(name: str, make: Callable[[], tuple[Any, ...]], call: Callable[..., Any], **facts: Any) -> Row:  # fmt: skip
+def _row(
+    name: str, make: Callable[[], tuple[Any, ...]], call: Callable[..., Any],
+    compiled: Compiled | None = None, **facts: Any,
+) -> Row:  # fmt: skip
+    """compiled: what of `call` torch.compile gets, where that is not all of it."""
+    compiled = compiled or (lambda compiler: compiler(call))
     return Row(
         name, make, {"the same modules in PyTorch": functools.partial(_under, "reference", call)},
-        functools.partial(_under, "native", call), rotate=False, sm90a=("gather", "weight_grad", "fused"), **facts,
+        functools.partial(_under, "native", call), rotate=False,
+        sm90a=("gather", "weight_grad", "fused"),
+        compiled=lambda compiler: functools.partial(_under, "reference", compiled(compiler)),
+        compile_seconds=MODEL_COMPILE_SECONDS, **facts,
     )  # fmt: skip
 
 
-def _tokenizer(preset: str, device: str, dtype: torch.dtype) -> Any:
-    import magvit_fast as mf
-
-    kind = mf.models.MagvitV2Tokenizer if "v2" in preset else mf.models.MagvitTokenizer
-    torch.manual_seed(0)
-    with torch.device(device):
-        return kind.from_preset(preset).to(dtype).eval()
-
-
-@torch.no_grad()
-def encode(tokenizer: Any, video: Tensor) -> Tensor:
-    """Token ids of a video."""
-    ids: Tensor = tokenizer.quantizer(tokenizer.encoder(video), with_losses=False).ids
-    return ids
-
-
-@torch.no_grad()
-def decode(tokenizer: Any, latent: Tensor) -> Tensor:
-    """A video of codes."""
-    video: Tensor = tokenizer.decoder(latent)
-    return video
-
-
-def training_step(tokenizer: Any, optimizer: torch.optim.Optimizer, video: Tensor) -> Tensor:
-    """The generator's step without discriminator and perceptual loss."""
-    with torch.autocast(video.device.type, torch.bfloat16):
-        quantized = tokenizer.quantizer(tokenizer.encoder(video))
-        reconstruction = tokenizer.decoder(quantized.quantized)
-        loss = (reconstruction.float() - video).square().mean() + quantized.losses["quantizer"]
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+def predict_logits(transformer: Any, tokens: Tensor, mask: Tensor, classes: Tensor) -> Tensor:
+    logits: Tensor = transformer(tokens, mask, class_id=classes)
+    return logits
 
 
 @torch.no_grad()
 def generate_clip(
-    tokenizer: Any, transformer: Any, settings: Any, condition: Tensor, classes: Tensor
-) -> Tensor:
+    tokenizer: Any, transformer: Any, settings: Any, condition: Tensor, classes: Tensor,
+    logits_of: Callable[..., Tensor] = predict_logits,
+) -> Tensor:  # fmt: skip
     """A clip of a class: the whole decoding loop and the decoder; nothing in it waits for the device."""
     from magvit_fast.decoding.masked import decode_masked
 
     def predict(tokens: Tensor, mask: Tensor) -> Tensor:
-        logits: Tensor = transformer(tokens, mask, class_id=classes)
-        return logits
+        return logits_of(transformer, tokens, mask, classes)
 
     nowhere = torch.zeros_like(condition, dtype=torch.bool)
     tokens = decode_masked(predict, condition, nowhere, settings)
@@ -94,29 +73,35 @@ def tokenizer_rows(
     """Encode, decode and train; other sizes than the default's are for tests on small models."""
     dtype = torch.bfloat16
     shape = f"{frames}x{size}x{size}"
+    step = functools.partial(tokenizer_work.training_step, autocast=dtype)
 
     def of_video() -> tuple[Any, ...]:
-        video = torch.rand(batch, 3, frames, size, size, device=device, dtype=dtype)
-        return _tokenizer(preset, device, dtype), video.contiguous(memory_format=CHANNELS_LAST)
+        video = tokenizer_work.noise(batch, frames, size, device, dtype, CHANNELS_LAST)
+        return tokenizer_work.drawn_tokenizer(preset, device, dtype), video
 
     def of_latent() -> tuple[Any, ...]:
-        tokenizer = _tokenizer(preset, device, dtype)
-        grid = tokenizer.config.latent_shape(frames, size, size)
-        latent = torch.randn(batch, tokenizer.config.num_bits, *grid, device=device).sign()
-        return tokenizer, latent.to(dtype).contiguous(memory_format=CHANNELS_LAST)
+        tokenizer = tokenizer_work.drawn_tokenizer(preset, device, dtype)
+        return tokenizer, tokenizer_work.codes(
+            tokenizer, batch, frames, size, device, dtype, CHANNELS_LAST
+        )
 
     def of_training() -> tuple[Any, ...]:
-        tokenizer = _tokenizer(preset, device, torch.float32).train()
-        optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-4, betas=(0.0, 0.99), fused=True)
-        video = torch.rand(train_batch, 3, frames, size, size, device=device)
-        return tokenizer, optimizer, video.contiguous(memory_format=CHANNELS_LAST)
+        tokenizer = tokenizer_work.drawn_tokenizer(preset, device, torch.float32).train()
+        video = tokenizer_work.noise(
+            train_batch, frames, size, device, torch.float32, CHANNELS_LAST
+        )
+        return tokenizer, tokenizer_work.adam(tokenizer, fused=True), video
 
-    yield _row(f"model: {preset} encode {shape} b{batch} bfloat16", of_video, encode,
-               flops=ENCODE_FLOPS * batch, items=batch, compare=False)  # fmt: skip
-    yield _row(f"model: {preset} decode {shape} b{batch} bfloat16", of_latent, decode,
-               flops=DECODE_FLOPS * batch, items=batch)  # fmt: skip
+    def compiled_step(compiler: Callable[..., Any]) -> Callable[..., Any]:
+        # Backward and optimizer are not traced: the former is compiled with the loss.
+        return functools.partial(step, loss_of=compiler(tokenizer_work.generator_loss))
+
+    yield _row(f"model: {preset} encode {shape} b{batch} bfloat16", of_video,
+               tokenizer_work.encode, flops=ENCODE_FLOPS * batch, items=batch, compare=False)  # fmt: skip
+    yield _row(f"model: {preset} decode {shape} b{batch} bfloat16", of_latent,
+               tokenizer_work.decode, flops=DECODE_FLOPS * batch, items=batch)  # fmt: skip
     yield _row(f"model: {preset} training step {shape} b{train_batch} bfloat16", of_training,
-               training_step, flops=3 * (ENCODE_FLOPS + DECODE_FLOPS) * train_batch,
+               step, compiled_step, flops=3 * (ENCODE_FLOPS + DECODE_FLOPS) * train_batch,
                items=train_batch, compare=False, graph=False)  # fmt: skip
 
 
@@ -138,8 +123,11 @@ def generation_row(
         slots, height, width = transformer.config.grid
         condition = torch.zeros(batch, slots * height * width, dtype=torch.int64, device=device)
         classes = torch.arange(batch, device=device)
-        return (_tokenizer(tokenizer_preset, device, dtype), transformer.to(dtype).eval(),
+        return (tokenizer_work.drawn_tokenizer(tokenizer_preset, device, dtype), transformer.to(dtype).eval(),
                 MaskedDecoding(steps=steps), condition, classes)  # fmt: skip
 
+    def compiled_loop(compiler: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(generate_clip, logits_of=compiler(predict_logits))
+
     return _row(f"model: {transformer_preset} generates 16x128x128, {steps} steps, b{batch} bfloat16",
-                make, generate_clip, items=batch * 16, item="frames", compare=False)  # fmt: skip
+                make, generate_clip, compiled_loop, items=batch * 16, item="frames", compare=False)  # fmt: skip

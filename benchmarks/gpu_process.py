@@ -18,14 +18,14 @@ KEPT_HEAD, KEPT_TAIL = 12000, 24000  # characters of a stage's output that are k
 LATE = 124  # the status of what was stopped
 
 
-def _start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
     # A group of its own, so that its children (ninja's compilers, tests' subprocesses) end with it;
     # no session of its own, so that whatever ends ours ends it.
     group = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
     return subprocess.Popen(command, cwd=ROOT, text=True, **group, **options)
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -46,7 +46,7 @@ def run_logged(
     print("$", " ".join(command), flush=True)
     begin = time.perf_counter()
     try:
-        process = _start(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = start(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
         status, text = 127, str(error)
     else:
@@ -54,11 +54,11 @@ def run_logged(
             text, _ = process.communicate(timeout=max(seconds, 0))
             status = process.returncode
         except subprocess.TimeoutExpired:
-            _stop(process)
+            stop(process)
             text = f"{process.communicate()[0]}\nstopped after {seconds:.0f} s"
             status = LATE
         except BaseException:
-            _stop(process)
+            stop(process)
             raise
     spent = time.perf_counter() - begin
     print(text[-3000:], flush=True)
@@ -74,7 +74,7 @@ def follow(
     It is stopped after `seconds`, or when no line came for `quiet` seconds; its status is then LATE.
     """
     path.touch()
-    process = _start(command)
+    process = start(command)
     until = last = time.perf_counter()
     until += seconds
     try:
@@ -95,4 +95,4 @@ def follow(
                     return LATE
                 time.sleep(0.05)
     finally:
-        _stop(process)
+        stop(process)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 CHANNELS_LAST = torch.channels_last_3d
+SM90A = "ours, sm90a kernels"  # the way that may use them, by name
+# Given torch.compile (with its mode), a way of doing the row's work that is compiled by it.
+Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclasses.dataclass
@@ -26,3 +29,5 @@ class Row:
     graph: bool = True  # time replays of a captured graph, if it can be captured
     items: float = 0.0  # clips or frames that one call makes
     item: str = "clips"
+    compiled: Compiled | None = None  # None: torch.compile has nothing to gain, or is not asked
+    compile_seconds: float = 30.0  # that compiling and measuring it may take

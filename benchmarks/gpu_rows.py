@@ -6,8 +6,9 @@ the row's work (a convolution that is handed an already padded tensor, say) and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.gpu_fused import joined_rows, norm_rows
 from benchmarks.gpu_models import generation_row, tokenizer_rows
-from benchmarks.gpu_row import CHANNELS_LAST, Row
+from benchmarks.gpu_row import CHANNELS_LAST, Compiled, Row
 
 try:
     import tomllib
@@ -27,6 +28,9 @@ except ModuleNotFoundError:  # Python 3.10
 PROBLEMS = Path(__file__).parent / "problems"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICE = "cuda"
+FIRST_COMPILED = ("lfq training step n10240", "confidence_remask 8x", "factorized_embedding",
+                  "group_norm_silu 128 17x128x128 b8", "causal_conv3d res_128_17", "causal_conv3d res_256_17",
+                  "model: magvit-v2-base", "")  # fmt: skip
 
 
 def _randn(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -116,6 +120,8 @@ def _conv_row(p: dict[str, Any], dtype_name: str, work: str) -> Row:
         row.ways["pad, then conv (channels last)"] = lambda x, w, wl, b: F.conv3d(
             _padded(x, pads), wl, b, stride, inner
         )
+        if p["batch"] == 8:
+            row.compiled = lambda compiler: compiler(row.ways["pad, then conv (channels last)"])
         row.ways["F.pad, then conv"] = lambda x, w, wl, b: F.conv3d(
             F.pad(x, pads), wl, b, stride, inner
         )
@@ -161,62 +167,122 @@ def _conv_row(p: dict[str, Any], dtype_name: str, work: str) -> Row:
 
 
 # --- the small ops ----------------------------------------------------------------------------
-def _lfq_rows() -> Iterator[Row]:
+def _lfq_rows(
+    batches: tuple[int, ...] = (1, 8), grid: tuple[int, int, int] = (5, 16, 16)
+) -> Iterator[Row]:
     import magvit_fast as mf
 
-    for positions in (1280, 10240):
+    for batch in batches:
+        positions = batch * _prod(grid)
 
-        def make(positions: int = positions) -> tuple[Any, ...]:
-            return (_randn(positions // 1280, 18, 5, 16, 16, dtype=torch.float32, scale=0.05),)
+        def make(batch: int = batch) -> tuple[Any, ...]:
+            return (_randn(batch, 18, *grid, dtype=torch.float32, scale=0.05),)
 
         size = positions * 18 * 4.0
 
-        def signs(z: Tensor) -> tuple[Tensor, Tensor]:
-            positive = z > 0
-            powers = (2 ** torch.arange(18, device=z.device)).view(1, 18, 1, 1, 1)
-            return torch.where(positive, 1.0, -1.0), (positive * powers).sum(1)
-
-        yield Row(f"lfq_quantize n{positions} d18", make, {"where and sum": signs},
+        yield Row(f"lfq_quantize n{positions} d18", make, {"where and sum": _signs},
                   lambda z: mf.lfq_quantize(z, impl="native"), bytes=2 * size)  # fmt: skip
 
-        def entropy(z: Tensor, impl: str, backward: bool) -> Any:
-            z = z.detach().requires_grad_(backward)
-            values = mf.lfq_entropy(z, impl=impl)
-            if not backward:
-                return values
-            return torch.autograd.grad(values[0] - values[1], z)
+        def losses(z: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+            return mf.lfq_entropy(z, impl=impl)
 
-        for backward in (False, True):
-            passes = "forward and backward" if backward else "forward"
+        reference = functools.partial(losses, impl="reference")
+        native = functools.partial(losses, impl="native")
+        yield Row(
+            f"lfq_entropy n{positions} d18 forward", make, {"factorized by halves": reference},
+            native, flops=2.0 * positions * 2**18, compiled=_compiled_losses(reference, False),
+        )  # fmt: skip
+        yield Row(
+            f"lfq_entropy n{positions} d18 forward and backward", make,
+            {"factorized by halves": functools.partial(_entropy_gradient, reference)},
+            functools.partial(_entropy_gradient, native),
+            flops=6.0 * positions * 2**18, compiled=_compiled_losses(reference, True),
+        )  # fmt: skip
+
+        def step(z: Tensor, impl: str) -> Any:
+            codes = mf.lfq_quantize(z, impl=impl) if impl == "native" else _signs(z)
+            return _entropy_gradient(functools.partial(losses, impl=impl), z), codes
+
+        def tf32_step(z: Tensor, impl: str) -> Any:
+            with _matmul_precision("tf32"):
+                return step(z, impl)
+
+        def compiled_step(
+            compiler: Callable[..., Any], reference: Callable[..., Any] = reference
+        ) -> Callable[..., Any]:
+            signs, values = compiler(_signs), compiler(reference)
+            return lambda z: (_entropy_gradient(values, z), signs(z))
+
+        for precision, run in (("", step), (" (TF32)", tf32_step)):
             yield Row(
-                f"lfq_entropy n{positions} d18 {passes}", make,
-                {"factorized by halves": functools.partial(entropy, impl="reference", backward=backward)},
-                functools.partial(entropy, impl="native", backward=backward),
-                flops=2.0 * positions * 2**18 * (3 if backward else 1),
+                f"lfq training step n{positions} d18{precision}", make,
+                {"signs, factorized by halves": functools.partial(run, impl="reference")},
+                functools.partial(run, impl="native"), flops=6.0 * positions * 2**18,
+                compiled=None if precision else compiled_step,
             )  # fmt: skip
 
 
-def _embedding_rows() -> Iterator[Row]:
+def _signs(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantized values and indices of z [N, D, ...], as a PyTorch user writes it."""
+    positive = z > 0
+    powers = (2 ** torch.arange(18, device=z.device)).view(1, 18, 1, 1, 1)
+    return torch.where(positive, 1.0, -1.0), (positive * powers).sum(1)
+
+
+def _entropy_gradient(losses: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor) -> Tensor:
+    z = z.detach().requires_grad_()
+    per_sample, codebook = losses(z)
+    return torch.autograd.grad(per_sample - codebook, z)[0]
+
+
+def _compiled_losses(losses: Callable[..., Any], backward: bool) -> Compiled:
+    def make(compiler: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = compiler(losses)
+        return functools.partial(_entropy_gradient, compiled) if backward else compiled
+
+    return make
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """Of float32 matrix products on the device: "ieee" or "tf32"."""
+    backend: Any = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def _embedding_rows(batch: int = 8) -> Iterator[Row]:
     import magvit_fast as mf
 
+    plain = functools.partial(mf.factorized_embedding, impl="reference")
+    native = functools.partial(mf.factorized_embedding, impl="native")
     for backward in (False, True):
 
         def make() -> tuple[Any, ...]:
             weight = _randn(2, 512, 1024, dtype=torch.bfloat16)
-            ids = torch.randint(2**18, (8, 1280), device=DEVICE)
-            return ids, weight, _randn(8, 1280, 1024, dtype=torch.bfloat16)
+            ids = torch.randint(2**18, (batch, 1280), device=DEVICE)
+            return ids, weight, _randn(batch, 1280, 1024, dtype=torch.bfloat16)
 
-        def run(ids: Tensor, weight: Tensor, grad: Tensor, impl: str, backward: bool) -> Any:
+        def run(
+            ids: Tensor, weight: Tensor, grad: Tensor, backward: bool, lookup: Callable[..., Tensor]
+        ) -> Any:
             weight = weight.detach().requires_grad_(backward)
-            out = mf.factorized_embedding(ids, weight, impl=impl)
+            out = lookup(ids, weight)
             return torch.autograd.grad(out, weight, grad) if backward else out
 
+        def compiled(compiler: Callable[..., Any], backward: bool = backward) -> Callable[..., Any]:
+            return functools.partial(run, backward=backward, lookup=compiler(plain))
+
         yield Row(
-            f"factorized_embedding 8x1280 2x512x1024 bfloat16 {'both passes' if backward else 'forward'}",
+            f"factorized_embedding {batch}x1280 2x512x1024 bfloat16 {'both passes' if backward else 'forward'}",
             make,
-            {"sum of embeddings": functools.partial(run, impl="reference", backward=backward)},
-            functools.partial(run, impl="native", backward=backward),
-            bytes=8 * 1280 * 1024 * 2.0 * (3 if backward else 1),
+            {"sum of embeddings": functools.partial(run, backward=backward, lookup=plain)},
+            functools.partial(run, backward=backward, lookup=native),
+            bytes=batch * 1280 * 1024 * 2.0 * (3 if backward else 1), compiled=compiled,
         )  # fmt: skip
 
 
@@ -252,6 +318,7 @@ def _remask_rows() -> Iterator[Row]:
                 logits, tokens, unknown, num_unknown=count, choice_temperature=4.5, impl="native"
             ),
             bytes=batch * 1280 * 1024 * 2.0 * 0.8, compare=False,
+            compiled=lambda compiler: compiler(_torch_remask),
         )  # fmt: skip
 
 
@@ -271,6 +338,13 @@ def _machine_rows() -> Iterator[Row]:
     )  # fmt: skip
 
 
+def set_up() -> None:
+    """torch's switches while rows are measured."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def all_rows() -> list[Row]:
     """Most important first; a session that runs out of time leaves out the last ones."""
     conv = [
@@ -286,3 +360,12 @@ def all_rows() -> list[Row]:
     norms = [*norm_rows()]
     first = [*_machine_rows(), *layers[:6], *joined_rows(), *norms[:6]]
     return [*first, *small, *models, *norms[6:], *layers[6:], *rest]
+
+
+def compiled_rows(rows: list[Row]) -> list[Row]:
+    """Those that torch.compile is asked for, in the order of FIRST_COMPILED."""
+    compiled = [row for row in rows if row.compiled]
+    return sorted(
+        compiled,
+        key=lambda row: next(i for i, p in enumerate(FIRST_COMPILED) if row.name.startswith(p)),
+    )

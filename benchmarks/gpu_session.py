@@ -4,6 +4,9 @@ Works with the machine's own Python, torch, cmake and nvcc, without network or p
 everything (in $OUT if that is set, else in benchmarks/results/); the table is printed last. A stage that
 fails is recorded and the next one runs.
 
+torch.compile's ways come last, as compiling takes long: a row of which the compilation exceeds its own limit is "not
+measured", with the seconds that it was given (--skip compiled leaves them out).
+
     python3 -m benchmarks.gpu_session [--only PATTERN] [--dry-run] [--minutes 8] [--skip build tests]
 """
 
@@ -26,20 +29,21 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_probes, gpu_process, gpu_rows, gpu_timing
-from benchmarks.gpu_row import Row
+from benchmarks import gpu_compiled, gpu_probes, gpu_process, gpu_rows, gpu_timing
+from benchmarks.gpu_row import SM90A, Row
+from benchmarks.gpu_table import table, table_line
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "probes", "tests", "sm90a", "bench")
+STAGES = ("build", "probes", "tests", "sm90a", "bench", "compiled")
 BUILD_SECONDS, TEST_SECONDS, SM90A_SECONDS = 240, 120, 75  # the last one of a kernel
 ROW_SECONDS, LATE_SECONDS = 100, 30  # of one row; that the last one may take beyond the deadline
+COMPILED_SECONDS, COMPILED_SHARE = 150, 0.4  # at most, and of what bench and compiled have together
 HANG_SECONDS = 30  # after so long a test says where it is
 SM90A_TESTS = {  # of the kernels that are off by default
     "gather": "tests/cuda/test_causal_conv3d_sm90.py",
     "fused": "tests/cuda/test_conv_fused.py",
     "weight_grad": "tests/cuda/test_causal_conv3d_sm90_weight.py",
 }
-SM90A = "ours, sm90a kernels"  # the way's name
 
 
 def machine() -> dict[str, Any]:
@@ -188,10 +192,9 @@ def uses(row: Row, served: Sequence[str]) -> bool:
 
 def measure_row(row: Row, seconds: float, served: Sequence[str] = ()) -> dict[str, Any]:
     """Every way of a row; a way that fails is recorded and the others are measured."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size if row.rotate else 0
     result: dict[str, Any] = {"row": row.name, "flops": row.flops, "bytes": row.bytes,
                               "items": row.items, "item": row.item, "ways": {}}  # fmt: skip
-    sets = gpu_timing.rotation(row.make, l2)
+    sets = gpu_timing.rotation(row.make, gpu_timing.cold_bytes(row.rotate))
     own = {"ours": row.ours} if row.ours else {}
     if uses(row, served):
         own[SM90A] = _with_sm90a(row.ours)
@@ -218,7 +221,7 @@ def bench(
         lines.append(line)
         if "row" in line:
             keep(line)
-            print(_table_line(line), flush=True)
+            print(table_line(line), flush=True)
 
     path.unlink(missing_ok=True)
     while not ends or ends[-1] != 0:
@@ -237,72 +240,32 @@ def bench(
     return {"status": ends[-1], "ends": ends, "left_out": left_out}
 
 
-def _best(result: dict[str, Any]) -> tuple[str, float] | None:
-    times = {
-        name: way["ms"]
-        for name, way in result["ways"].items()
-        if name not in ("ours", SM90A) and "ms" in way and not way["informative"]
-    }
-    return min(times.items(), key=lambda item: item[1]) if times else None
+def compiled(
+    deadline: float, only: str | None, seconds: float, rows_out: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """torch.compile's way of the rows that have one, added to what bench found of them."""
+    sys.path.insert(0, str(ROOT / "python"))
+    wanted = [r for r in gpu_rows.all_rows() if not only or re.search(only, r.name)]
+    found = gpu_compiled.measure(gpu_rows.compiled_rows(wanted), deadline, seconds)
+    results = {result["row"]: result for result in rows_out}
+    for row in wanted:
+        if row.name not in found:
+            continue
+        if row.name not in results:  # bench did not come to it
+            results[row.name] = {"row": row.name, "flops": row.flops, "bytes": row.bytes,
+                                 "items": row.items, "item": row.item, "ways": {}}  # fmt: skip
+            rows_out.append(results[row.name])
+        way = {**found[row.name], "informative": False}
+        results[row.name]["ways"][gpu_compiled.WAY] = way
+    measured = sum("ms" in way for way in found.values())
+    return {"status": 0, "measured": measured, "asked": len(found)}
 
 
-def _rate(result: dict[str, Any], ms: float | None) -> str:
-    if not ms:
-        return ""
-    rates = []
-    if result.get("items"):
-        rates.append(f"{result['items'] / ms * 1e3:.1f} {result['item']}/s")
-    if result.get("flops"):
-        rates.append(f"{result['flops'] / ms / 1e9:.0f} TFLOP/s")
-    elif result.get("bytes"):
-        rates.append(f"{result['bytes'] / ms / 1e9:.2f} TB/s")
-    return ", ".join(rates)
-
-
-def _own_cells(way: dict[str, Any], best: float | None) -> list[str]:
-    """Time, ratio to the best of PyTorch and difference of one of our ways."""
-    ms, difference = way.get("ms"), way.get("difference")
-    time_cell = f"{ms:.4f}" if ms is not None else ("error" if "error" in way else "-")
-    return [
-        time_cell,
-        f"{best / ms:.2f}x" if ms and best else "",
-        f"{difference:.1e}" if difference is not None else "",
-    ]
-
-
-def _table_line(result: dict[str, Any]) -> str:
-    ours, newer, best = result["ways"].get("ours", {}), result["ways"].get(SM90A, {}), _best(result)
-    theirs = best[1] if best else None
-    fastest = [way["ms"] for way in (ours, newer) if "ms" in way]
-    cells = [
-        result["row"],
-        f"{theirs:.4f}" if theirs is not None else "-",
-        best[0] if best else result.get("error", "-"),
-        *_own_cells(ours, theirs),
-        *_own_cells(newer, theirs),
-        _rate(result, min(fastest) if fastest else theirs),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def table(report: dict[str, Any]) -> str:
-    facts = " · ".join(f"{k} {v}" for k, v in report["machine"].items() if v is not None)
-    stages = " · ".join(
-        f"{name}: {'ok' if stage['status'] == 0 else 'FAILED (' + str(stage['status']) + ')'}"
-        for name, stage in report["stages"].items()
-    )
-    lines = [
-        facts, stages, "",
-        "| work | PyTorch ms | PyTorch's best way | ours ms | ratio | difference "
-        "| sm90a kernels ms | ratio | difference | best rate of ours |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---|",
-        *(_table_line(result) for result in report["rows"]),
-    ]  # fmt: skip
-    lines += ["", *gpu_probes.lines(report["stages"].get("probes", {}))]
-    left = report["stages"].get("bench", {}).get("left_out")
-    if left:
-        lines.append(f"\n{len(left)} rows left out, the time was up: {', '.join(left[:5])} ...")
-    return "\n".join(lines)
+def bench_deadline(now: float, deadline: float, skipped: list[str]) -> float:
+    """When bench must leave the rest of the time to the compiled ways."""
+    if "compiled" in skipped:
+        return deadline
+    return deadline - min(COMPILED_SECONDS, COMPILED_SHARE * (deadline - now))
 
 
 def _output_path(report: dict[str, Any]) -> Path:
@@ -327,7 +290,8 @@ def main() -> int:
         rows = [r for r in gpu_rows.all_rows() if not args.only or re.search(args.only, r.name)]
         for row in rows:
             own = [*(["ours"] if row.ours else []), *([SM90A] if row.sm90a else [])]
-            print(f"{row.name}: {', '.join([*own, *row.ways, *row.informative])}")
+            late = [gpu_compiled.WAY] if row.compiled else []
+            print(f"{row.name}: {', '.join([*own, *row.ways, *late, *row.informative])}")
         print(f"{len(rows)} rows")
         return 0
     if not torch.cuda.is_available():
@@ -355,13 +319,14 @@ def main() -> int:
         "tests": lambda: tests(deadline),
         "sm90a": lambda: sm90a(deadline),
         "bench": lambda: bench(
-            deadline,
+            bench_deadline(time.perf_counter(), deadline, args.skip),
             args.only,
             args.seconds,
             report["stages"].get("sm90a", {}).get("served", []),
             path.with_name("gpu-rows.jsonl"),
             keep,
         ),
+        "compiled": lambda: compiled(deadline, args.only, args.seconds, report["rows"]),
     }
     for name in STAGES:
         if name in args.skip:

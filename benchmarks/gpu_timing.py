@@ -31,6 +31,11 @@ def bytes_of(values: Any) -> int:
     return 0
 
 
+def cold_bytes(rotate: bool) -> int:
+    """The size of this device's L2 cache, 0 where inputs need not be cold."""
+    return int(torch.cuda.get_device_properties(0).L2_cache_size) if rotate else 0
+
+
 def rotation(make: Callable[[], tuple[Any, ...]], l2_bytes: int) -> list[tuple[Any, ...]]:
     """Enough sets of inputs that each is cold when its turn comes."""
     first = make()

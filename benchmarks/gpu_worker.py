@@ -96,9 +96,7 @@ def main() -> int:
     args = parser.parse_args()
     until = time.perf_counter() + args.limit
     sys.path.insert(0, str(gpu_session.ROOT / "python"))
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    gpu_rows.set_up()
     rows = [r for r in gpu_rows.all_rows() if not args.only or re.search(args.only, r.name)]
 
     def measure(row: Row, kernels: Sequence[str]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ void bind_lfq_entropy(pybind11::module_& m) {
       "lfq_entropy_sums",
       [](Address z, Address mask, index_t outer, index_t channels, index_t inner,
          index_t outer_stride, index_t channel_stride, index_t inner_stride, int dtype,
-         double scale, Address stats, Address probs, Address workspace, long long where,
-         unsigned long long how) {
+         double scale, Address stats, Address probs, Address workspace, bool full_precision,
+         long long where, unsigned long long how) {
         const LfqEntropyInput in{at<const void>(z),
                                  at<const std::uint8_t>(mask),
                                  outer,
@@ -39,17 +39,18 @@ void bind_lfq_entropy(pybind11::module_& m) {
                                  inner_stride,
                                  static_cast<DType>(dtype),
                                  static_cast<float>(scale)};
-        backend::lfq_entropy_sums({in, at<double>(stats), at<float>(probs), at<void>(workspace)},
-                                  make_context(where, how));
+        backend::lfq_entropy_sums(
+            {in, at<double>(stats), at<float>(probs), at<void>(workspace), full_precision},
+            make_context(where, how));
       },
       no_gil);
   m.def(
       "lfq_entropy_codebook",
-      [](Address probs, Address stats, Address entropy, Address workspace, index_t codes,
-         double eps, bool clamp, long long where, unsigned long long how) {
+      [](Address probs, Address stats, Address per_sample, Address entropy, Address workspace,
+         index_t codes, double eps, bool clamp, long long where, unsigned long long how) {
         backend::lfq_entropy_codebook(
-            {at<const float>(probs), at<const double>(stats), at<float>(entropy),
-             at<void>(workspace), codes, static_cast<float>(eps), clamp},
+            {at<const float>(probs), at<const double>(stats), at<float>(per_sample),
+             at<float>(entropy), at<void>(workspace), codes, static_cast<float>(eps), clamp},
             make_context(where, how));
       },
       no_gil);
@@ -58,8 +59,8 @@ void bind_lfq_entropy(pybind11::module_& m) {
       [](Address z, Address mask, index_t outer, index_t channels, index_t inner,
          index_t outer_stride, index_t channel_stride, index_t inner_stride, int dtype,
          double scale, Address probs, Address stats, Address grad_sample, Address grad_codebook,
-         Address grad_z, Address workspace, double eps, bool clamp, long long where,
-         unsigned long long how) {
+         Address grad_z, Address workspace, double eps, bool clamp, bool full_precision,
+         long long where, unsigned long long how) {
         const LfqEntropyInput in{at<const void>(z),
                                  at<const std::uint8_t>(mask),
                                  outer,
@@ -73,7 +74,7 @@ void bind_lfq_entropy(pybind11::module_& m) {
         backend::lfq_entropy_backward(
             {in, at<const float>(probs), at<const double>(stats), at<const float>(grad_sample),
              at<const float>(grad_codebook), at<void>(grad_z), at<void>(workspace),
-             static_cast<float>(eps), clamp},
+             static_cast<float>(eps), clamp, full_precision},
             make_context(where, how));
       },
       no_gil);

@@ -155,6 +155,7 @@ void lfq_entropy_codebook(const LfqEntropyCodebookParams& params, const ExecCont
   const auto kernel = MF_PICK_SIMD(lfq_entropy_codebook_range, ctx.isa);
   auto* partial = static_cast<double*>(params.workspace);
   const index_t chunks = ceil_div(params.codes, kCodebookChunk);
+  *params.per_sample = lfq_entropy_per_sample(params.stats);
   *params.entropy = 0.0f;
   if (params.stats[1] <= 0.0) return;
   parallel_ranges(chunks, ctx.num_threads, [&](index_t begin, index_t end, int) {

@@ -1,137 +1,208 @@
-// lfq_entropy on CUDA: both entropies over all 2**D codes, by halves, in float32.
+// lfq_entropy on CUDA: both entropies over all 2**D codes, by halves, on tensor cores.
 // Previous hop: bindings.cpp.
-// Next hop: cuda_plan.cuh (workspace), cuda_backward.cu (gradient).
+// Next hop: cuda_tables.cuh (operands and products), cuda_plan.cuh (tiles), cuda_backward.cu.
 //
-// Kernels of the forward pass: bit probabilities and sample entropies (one thread a position); the
-// matrix product probs[high, low] = sum_n high[n, high] * low[n, low] in tiles of 128 x 128 codes,
-// split over runs of positions; the sum of the runs, in order; the entropy of the mean (double sums
-// of fixed order). FLOPs: 2 x positions x 2**D and a fifth more to make the tiles (5.4e9 at 10240 x
-// 2**18). Traffic: probs once a run. Every sum has a fixed order: no floating-point atomics,
-// results are bit-reproducible. Limits: D <= 24; 65535 runs.
+// Forward, four launches. Product: probs[high, low] = sum_n high[n, high] * low[n, low] in tiles of
+// 128 x 128 codes, split over runs of positions. A block reads z, makes the bits' probabilities,
+// from them 32 positions of both half-code tables in shared memory (doubling: two multiplications
+// an entry) while the tensor cores work on the 32 before; no table exists in device memory. The
+// blocks of a run share the sample entropies, a step of 32 positions each. Sum: the runs, in order.
+// Codebook: the entropy of the mean, in double sums of fixed order, and its second stage.
+// No floating-point atomics: results are bit-reproducible.
+//
+// At 10240 x 2^18, full precision (three products): 16.1e9 FLOP, 31 MB of z, parts and probs (16
+// runs of 1 MB, in L2). Floor on H200: mma.sync at about 600 TFLOP/s 27 us; with operands of TF32's
+// precision (one product) 9 us. Predicted 35 + 9 us (launches, parts, entropy) and 17 + 9 us: the
+// one product is bound by making the tables. Ladder: v0 float32 on FMA units (floor 80 us at
+// 67 TFLOP/s) -> v1 this. None is measured. Limits: D <= 24; 65535 runs.
 #include "common/cuda/convert.cuh"
+#include "common/cuda/reduce.cuh"
 #include "lfq_entropy/cuda_backward.h"
-#include "lfq_entropy/cuda_plan.cuh"
+#include "lfq_entropy/cuda_tables.cuh"
 
 namespace magvit_fast::cuda {
 namespace {
 
-// -p log p of both values of a bit with logit a, and the two probabilities.
-struct BitEntropy {
-  float plus, minus, entropy;
-};
-__device__ __forceinline__ BitEntropy bit_entropy(float a) {
+constexpr int kMostPlaces = 2 * kEntropyHalfBits;  // bits of a position, with those of padding
+constexpr int kWarps = kProductThreads / kWarpSize;
+constexpr int kBitsOfWarp = kMostPlaces / kWarps;
+
+// The entropy of a bit with logit a; 0 log 0 = 0.
+__device__ __forceinline__ float bit_entropy(float a) {
   const float small = expf(-fabsf(a)), log_sum = log1pf(small);  // of 1 + exp(-|a|)
-  const float larger = 1.0f / (1.0f + small), smaller = small / (1.0f + small);
-  // log larger = -log_sum, log smaller = -|a| - log_sum; 0 log 0 = 0.
-  const float entropy = larger * log_sum + (smaller > 0.0f ? smaller * (fabsf(a) + log_sum) : 0.0f);
-  const bool positive = a >= 0.0f;
-  if (a != a) return {a, a, a};
-  return {positive ? larger : smaller, positive ? smaller : larger, entropy};
+  const float larger = 1.0f / (1.0f + small), smaller = small * larger;
+  // log larger = -log_sum, log smaller = -|a| - log_sum.
+  const float rest = smaller > 0.0f ? smaller * (fabsf(a) + log_sum) : 0.0f;
+  return a != a ? a : larger * log_sum + rest;
 }
 
-// Bit probabilities of every position and partial sums (sample entropy, count) of every block.
-template <class T, bool kSums>
-__global__ void __launch_bounds__(kEntropyThreads)
-    bits_kernel(LfqEntropyInput in, float* bits, double* partial) {
-  __shared__ double scratch[kEntropyThreads / kWarpSize];
-  const index_t positions = in.outer * in.inner;
-  const index_t step = static_cast<index_t>(gridDim.x) * kEntropyThreads;
-  double sum = 0.0, count = 0.0;
-  for (index_t n = static_cast<index_t>(blockIdx.x) * kEntropyThreads + threadIdx.x; n < positions;
-       n += step) {
-    const bool counted = in.mask == nullptr || in.mask[n] != 0;
-    const T* z = static_cast<const T*>(in.z) + n / in.inner * in.outer_stride +
-                 n % in.inner * in.inner_stride;
-    float entropy = 0.0f;
-    for (index_t c = 0; c < in.channels; ++c) {
-      BitEntropy bit{0.0f, 0.0f, 0.0f};
-      if (counted) bit = bit_entropy(in.scale * static_cast<float>(z[c * in.channel_stride]));
-      bits[(n * in.channels + c) * 2] = bit.minus;
-      bits[(n * in.channels + c) * 2 + 1] = bit.plus;
-      entropy += bit.entropy;
-    }
-    sum += static_cast<double>(entropy);
-    count += counted ? 1.0 : 0.0;
+// What a thread reads of 32 positions: every fourth bit of position begin + lane.
+struct Logits {
+  float value[kBitsOfWarp];
+  bool counted;
+};
+template <class T>
+__device__ __forceinline__ Logits read_logits(const LfqEntropyInput& in, const HalfCodes& halves,
+                                              index_t begin, index_t end) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const index_t n = begin + threadIdx.x % kWarpSize;
+  Logits logits{{}, n < end && (in.mask == nullptr || in.mask[n] != 0)};
+  if (!logits.counted) return logits;
+  const T* z =
+      static_cast<const T*>(in.z) + n / in.inner * in.outer_stride + n % in.inner * in.inner_stride;
+#pragma unroll
+  for (int j = 0; j < kBitsOfWarp; ++j) {
+    const int place = warp + j * kWarps;
+    const int channel = place < halves.places() ? halves.channel_at(place) : -1;
+    if (channel >= 0)
+      logits.value[j] = in.scale * static_cast<float>(z[channel * in.channel_stride]);
   }
-  if (!kSums) return;
-  sum = block_sum<kEntropyThreads>(sum, scratch);
-  count = block_sum<kEntropyThreads>(count, scratch);
-  if (threadIdx.x == 0) {
-    partial[blockIdx.x * 2] = sum;
-    partial[blockIdx.x * 2 + 1] = count;
-  }
+  return logits;
 }
 
-// One block: stats from the blocks' partial sums, thread i adding those i, i + 256, ...
-__global__ void __launch_bounds__(kEntropyThreads)
-    stats_kernel(const double* partial, double* stats) {
-  __shared__ double scratch[kEntropyThreads / kWarpSize];
-  for (int which = 0; which < 2; ++which) {
-    double sum = 0.0;
-    for (int b = static_cast<int>(threadIdx.x); b < kEntropyBlocks; b += kEntropyThreads)
-      sum += partial[b * 2 + which];
-    sum = block_sum<kEntropyThreads>(sum, scratch);
-    if (threadIdx.x == 0) stats[which] = sum;
+// To bits [place][32 positions]; a position that is not counted has probability 0 everywhere.
+__device__ __forceinline__ void put_bits(const Logits& logits, const HalfCodes& halves,
+                                         float2* bits) {
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int j = 0; j < kBitsOfWarp; ++j) {
+    const int place = thread / kWarpSize + j * kWarps;
+    if (place >= halves.places()) return;
+    float2 p = make_float2(1.0f, 0.0f);  // no channel: always minus
+    if (halves.channel_at(place) >= 0)
+      p = logits.counted ? bit_probabilities(logits.value[j]) : make_float2(0.0f, 0.0f);
+    bits[place * kWarpSize + thread % kWarpSize] = p;
   }
 }
 
-// Grid: x = tile of 128 low codes, y = tile of 128 high codes, z = run of positions.
-__global__ void __launch_bounds__(kEntropyThreads)
-    product_kernel(const float* bits, float* parts, index_t positions, int channels, HalfCode low,
-                   HalfCode high, index_t run) {
-  constexpr int kUnits = kEntropyTile * kEntropyDepth / kEntropyThreads, kOwn = kEntropyTile / 16;
-  __shared__ float high_tile[kEntropyDepth][kEntropyTile], low_tile[kEntropyDepth][kEntropyTile];
-  const int thread = static_cast<int>(threadIdx.x), tx = thread % 16, ty = thread / 16;
-  const int my_code = thread % kEntropyTile, my_position = thread / kEntropyTile;
+__device__ __forceinline__ double entropy_of(const Logits& logits, const HalfCodes& halves) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kBitsOfWarp; ++j) {
+    const int place = static_cast<int>(threadIdx.x) / kWarpSize + j * kWarps;
+    if (logits.counted && place < halves.places() && halves.channel_at(place) >= 0)
+      sum += bit_entropy(logits.value[j]);
+  }
+  return static_cast<double>(sum);
+}
+
+// Both operands of a step: warp w makes codes 32 w to 32 w + 31, a lane one position.
+template <bool kFull>
+__device__ __forceinline__ void make_operands(const float2* bits, const HalfCodes& halves,
+                                              int low_first, int high_first, __half* left,
+                                              __half* right) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int group = static_cast<int>(threadIdx.x) / kWarpSize;
+  const auto make = [&](const float2* of_half, const HalfCode& half, int first, __half* operand) {
+    make_probabilities<kFull>(of_half + lane, kWarpSize, half.padded_bits(), first + group * 32,
+                              [&](int chunk, const uint4& main, const uint4& rest) {
+                                put_chunk<kFull>(
+                                    operand, chunk_at<kEntropyTile / 8>(lane, group * 4 + chunk),
+                                    main, rest);
+                              });
+  };
+  make(bits + halves.low.padded_bits() * kWarpSize, halves.high, high_first, left);
+  make(bits, halves.low, low_first, right);
+}
+
+// Grid: x = tile of low codes, y = tile of high codes, z = run of positions.
+template <class T, bool kFull>
+__global__ void __launch_bounds__(kProductThreads, 2)
+    product_kernel(LfqEntropyInput in, double* partial, float* parts, HalfCodes halves,
+                   index_t run) {
+  __shared__ float2 bits[2][kMostPlaces * kWarpSize];
+  __shared__ double scratch[kWarps];
+  constexpr int kOperand = operand_elements<kFull>();
+  __half* operands = reinterpret_cast<__half*>(dynamic_shared());  // [2][left, right]
+  const int tile = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
+  const int tiles = static_cast<int>(gridDim.x * gridDim.y);
   const int low_first = static_cast<int>(blockIdx.x) * kEntropyTile;
   const int high_first = static_cast<int>(blockIdx.y) * kEntropyTile;
-  const index_t begin = blockIdx.z * run;
+  const index_t positions = in.outer * in.inner, begin = blockIdx.z * run;
   const index_t end = begin + run < positions ? begin + run : positions;
-  float sum[kOwn][kOwn] = {};
-  for (index_t start = begin; start < end; start += kEntropyDepth) {
-    for (int u = 0; u < kUnits; ++u) {
-      const int k = my_position + u * (kEntropyThreads / kEntropyTile);
-      const float* table = bits + (start + k) * channels * 2;
-      const bool inside = start + k < end;  // codes beyond a half's last are made, but not stored
-      high_tile[k][my_code] = inside ? half_probability(table, high, high_first + my_code) : 0.0f;
-      low_tile[k][my_code] = inside ? half_probability(table, low, low_first + my_code) : 0.0f;
-    }
-    __syncthreads();
-    float part[kOwn][kOwn] = {};  // two levels of sums: shorter chains of roundings
-#pragma unroll
-    for (int k = 0; k < kEntropyDepth; ++k) {
-      float a[kOwn], b[kOwn];
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) a[i] = high_tile[k][ty + i * 16];
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) b[j] = low_tile[k][tx + j * 16];
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-        for (int j = 0; j < kOwn; ++j) part[i][j] = fmaf(a[i], b[j], part[i][j]);
-    }
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) sum[i][j] += part[i][j];
+  const int steps = static_cast<int>(ceil_div(end - begin, index_t{kEntropyDepth}));
+  double entropy = 0.0, count = 0.0;
+
+  // A step's z is read two steps ahead, its bits made one product later, its tables one step ahead.
+  const auto read = [&](int step) {
+    return read_logits<T>(in, halves, begin + index_t{step} * kEntropyDepth, end);
+  };
+  const auto use = [&](const Logits& logits, int step) {
+    put_bits(logits, halves, bits[step & 1]);
+    if (step % tiles != tile) return;
+    entropy += entropy_of(logits, halves);
+    if (threadIdx.x < kWarpSize && logits.counted) count += 1.0;
+  };
+  const auto make = [&](int step) {
+    __half* left = operands + (step & 1) * 2 * kOperand;
+    make_operands<kFull>(bits[step & 1], halves, low_first, high_first, left, left + kOperand);
+  };
+
+  float sum[4][8][4] = {};
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, row = warp / 2 * 64,
+            column = warp % 2 * 64;
+  if (steps > 0) use(read(0), 0);
+  if (steps > 1) use(read(1), 1);
+  __syncthreads();
+  if (steps > 0) make(0);
+  __syncthreads();
+  for (int step = 0; step < steps; ++step) {
+    Logits ahead{};
+    if (step + 2 < steps) ahead = read(step + 2);
+    if (step + 1 < steps) make(step + 1);
+    const __half* left = operands + (step & 1) * 2 * kOperand;
+    multiply_step<kFull, false, false>(left, left + kOperand, row, column, sum);
+    if (step + 2 < steps) use(ahead, step + 2);  // this step's bits have become its tables
     __syncthreads();
   }
-  float* out = parts + (static_cast<index_t>(blockIdx.z) << channels);
-  for (int i = 0; i < kOwn; ++i)
-    for (int j = 0; j < kOwn; ++j) {
-      const index_t h = high_first + ty + i * 16, l = low_first + tx + j * 16;
-      if (h < high.codes() && l < low.codes()) out[h * low.codes() + l] = sum[i][j];
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int low_codes = halves.low.codes(), high_codes = halves.high.codes();
+  float* out = parts + static_cast<index_t>(blockIdx.z) * low_codes * high_codes;
+  constexpr float kBack = 1.0f / (kProbabilityScale * kProbabilityScale);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int high = high_first + row + i * 8 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int low = low_first + column + j * 8 + lane % 4 * 2;
+      if (high < high_codes && low < low_codes)
+        store_pair(out + static_cast<index_t>(high) * low_codes + low,
+                   sum[i / 2][j][i % 2 * 2] * kBack, sum[i / 2][j][i % 2 * 2 + 1] * kBack);
     }
+  }
+  entropy = block_sum<kProductThreads>(entropy, scratch);
+  count = block_sum<kProductThreads>(count, scratch);
+  if (threadIdx.x == 0) {
+    const index_t at = static_cast<index_t>(blockIdx.z) * tiles + tile;
+    partial[at * 2] = entropy;
+    partial[at * 2 + 1] = count;
+  }
 }
 
+// Adds the runs, two codes a thread; the first block adds the sample entropies, too.
 __global__ void __launch_bounds__(kEntropyThreads)
-    add_parts_kernel(const float* parts, float* probs, index_t codes, index_t count) {
+    add_runs_kernel(const float2* parts, float2* probs, index_t pairs, index_t runs,
+                    const double* partial, index_t blocks, double* stats) {
+  __shared__ double scratch[kEntropyThreads / kWarpSize];
   const index_t step = static_cast<index_t>(gridDim.x) * kEntropyThreads;
-  for (index_t k = static_cast<index_t>(blockIdx.x) * kEntropyThreads + threadIdx.x; k < codes;
+  for (index_t k = static_cast<index_t>(blockIdx.x) * kEntropyThreads + threadIdx.x; k < pairs;
        k += step) {
-    float sum = 0.0f;
-    for (index_t part = 0; part < count; ++part) sum += parts[part * codes + k];
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 8  // loads before their additions
+    for (index_t run = 0; run < runs; ++run) {
+      const float2 part = parts[run * pairs + k];
+      sum.x += part.x;
+      sum.y += part.y;
+    }
     probs[k] = sum;
+  }
+  if (blockIdx.x != 0) return;
+  for (int which = 0; which < 2; ++which) {
+    double sum = 0.0;
+    for (index_t b = threadIdx.x; b < blocks; b += kEntropyThreads) sum += partial[b * 2 + which];
+    sum = block_sum<kEntropyThreads>(sum, scratch);
+    if (threadIdx.x == 0) stats[which] = sum;
   }
 }
 
@@ -155,13 +226,15 @@ __global__ void __launch_bounds__(kEntropyThreads)
 }
 
 __global__ void __launch_bounds__(kEntropyThreads)
-    codebook_sum_kernel(const double* partial, float* entropy) {
+    codebook_sum_kernel(LfqEntropyCodebookParams p, const double* partial) {
   __shared__ double scratch[kEntropyThreads / kWarpSize];
   double sum = 0.0;
   for (int b = static_cast<int>(threadIdx.x); b < kEntropyBlocks; b += kEntropyThreads)
     sum += partial[b];
   sum = block_sum<kEntropyThreads>(sum, scratch);
-  if (threadIdx.x == 0) *entropy = static_cast<float>(sum);
+  if (threadIdx.x != 0) return;
+  *p.entropy = static_cast<float>(sum);
+  *p.per_sample = lfq_entropy_per_sample(p.stats);
 }
 
 void check_input(const LfqEntropyInput& in) {
@@ -171,40 +244,30 @@ void check_input(const LfqEntropyInput& in) {
 
 }  // namespace
 
-void lfq_entropy_bits(const LfqEntropyInput& in, const EntropyWorkspace& space, bool sums,
-                      const DeviceGuard& guard, const ExecContext& ctx) {
-  with_type(in.dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = sums ? bits_kernel<T, true> : bits_kernel<T, false>;
-    launch(guard, ctx, kernel, dim3(kEntropyBlocks), kEntropyThreads, 0, in, space.bits,
-           space.partial);
-  });
-}
-
 index_t lfq_entropy_workspace_bytes(index_t positions, index_t channels, const ExecContext&) {
-  return EntropyWorkspace(nullptr, positions, static_cast<int>(channels)).bytes;
+  return EntropyWorkspace(nullptr, positions, HalfCodes(static_cast<int>(channels))).bytes;
 }
 
 void lfq_entropy_sums(const LfqEntropySumsParams& params, const ExecContext& ctx) {
   check_input(params.in);
   const DeviceGuard guard(ctx, "lfq_entropy");
   const index_t positions = params.in.outer * params.in.inner;
-  const int channels = static_cast<int>(params.in.channels);
-  const EntropyWorkspace space(params.workspace, positions, channels);
-  lfq_entropy_bits(params.in, space, true, guard, ctx);
-  launch(guard, ctx, stats_kernel, dim3(1), kEntropyThreads, 0, space.partial, params.stats);
-  const HalfCode low = low_half(channels), high = high_half(channels);
-  index_t parts = entropy_parts(positions, channels);
-  const index_t run = round_up(ceil_div(positions, parts), index_t{kEntropyDepth});
-  if (run > 0) parts = ceil_div(positions, run);
-  check(parts <= 65535, "lfq_entropy: too many runs of positions");
-  const dim3 grid(static_cast<unsigned>(entropy_tiles(low.codes())),
-                  static_cast<unsigned>(entropy_tiles(high.codes())), static_cast<unsigned>(parts));
-  launch(guard, ctx, product_kernel, grid, kEntropyThreads, 0, space.bits, space.shared, positions,
-         channels, low, high, run);
-  const index_t codes = index_t{1} << channels;
-  launch(guard, ctx, add_parts_kernel, dim3(blocks_for(codes, kEntropyThreads)), kEntropyThreads, 0,
-         space.shared, params.probs, codes, parts);
+  const HalfCodes halves(static_cast<int>(params.in.channels));
+  const EntropyWorkspace space(params.workspace, positions, halves);
+  const EntropyRuns runs(positions, halves);
+  check(runs.count <= 65535, "lfq_entropy: too many runs of positions");
+  const dim3 grid(static_cast<unsigned>(halves.low.tiles()),
+                  static_cast<unsigned>(halves.high.tiles()), static_cast<unsigned>(runs.count));
+  with_type(params.in.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = params.full_precision ? product_kernel<T, true> : product_kernel<T, false>;
+    launch(guard, ctx, kernel, grid, kProductThreads, product_shared_bytes(params.full_precision),
+           params.in, space.partial, space.parts, halves, runs.length);
+  });
+  const index_t pairs = index_t{1} << (params.in.channels - 1);
+  launch(guard, ctx, add_runs_kernel, dim3(blocks_for(pairs, kEntropyThreads)), kEntropyThreads, 0,
+         reinterpret_cast<const float2*>(space.parts), reinterpret_cast<float2*>(params.probs),
+         pairs, runs.count, space.partial, index_t{grid.x} * grid.y * grid.z, params.stats);
   guard.finish();
 }
 
@@ -212,18 +275,15 @@ void lfq_entropy_codebook(const LfqEntropyCodebookParams& params, const ExecCont
   const DeviceGuard guard(ctx, "lfq_entropy codebook");
   double* partial = static_cast<double*>(params.workspace);
   launch(guard, ctx, codebook_kernel, dim3(kEntropyBlocks), kEntropyThreads, 0, params, partial);
-  launch(guard, ctx, codebook_sum_kernel, dim3(1), kEntropyThreads, 0, partial, params.entropy);
+  launch(guard, ctx, codebook_sum_kernel, dim3(1), kEntropyThreads, 0, params, partial);
   guard.finish();
 }
 
 void lfq_entropy_backward(const LfqEntropyBackwardParams& params, const ExecContext& ctx) {
   check_input(params.in);
   const DeviceGuard guard(ctx, "lfq_entropy backward");
-  const index_t positions = params.in.outer * params.in.inner;
-  if (positions == 0) return;
-  const EntropyWorkspace space(params.workspace, positions, static_cast<int>(params.in.channels));
-  lfq_entropy_bits(params.in, space, false, guard, ctx);
-  lfq_entropy_gradient(params, space, guard, ctx);
+  if (params.in.outer * params.in.inner == 0) return;
+  lfq_entropy_gradient(params, guard, ctx);
   guard.finish();
 }
 

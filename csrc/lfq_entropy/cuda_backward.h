@@ -1,13 +1,14 @@
-// lfq_entropy on CUDA: the gradient, given the bit probabilities.
+// lfq_entropy on CUDA: the gradient.
 // Previous hop: cuda.cu.
 // Next hop: cuda_backward.cu.
 #pragma once
 
-#include "lfq_entropy/cuda_plan.cuh"
+#include "common/cuda/launch.cuh"
+#include "lfq_entropy/lfq_entropy.h"
 
 namespace magvit_fast::cuda {
 
-void lfq_entropy_gradient(const LfqEntropyBackwardParams& params, const EntropyWorkspace& space,
-                          const DeviceGuard& guard, const ExecContext& ctx);
+void lfq_entropy_gradient(const LfqEntropyBackwardParams& params, const DeviceGuard& guard,
+                          const ExecContext& ctx);
 
 }  // namespace magvit_fast::cuda

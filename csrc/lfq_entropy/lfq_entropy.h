@@ -33,9 +33,10 @@ struct LfqEntropyInput {
 
 struct LfqEntropySumsParams {
   LfqEntropyInput in;
-  double* stats;    // [2]: sum over counted positions of the sample entropy; their number
-  float* probs;     // [2**channels]: sum over counted positions; code bit c is channel c
-  void* workspace;  // lfq_entropy_workspace_bytes
+  double* stats;        // [2]: sum over counted positions of the sample entropy; their number
+  float* probs;         // [2**channels]: sum over counted positions; code bit c is channel c
+  void* workspace;      // lfq_entropy_workspace_bytes
+  bool full_precision;  // float32's in the products; else TF32's (CUDA; the CPU has float32's)
 };
 
 // -sum_k P_k log(guard(P_k)) with P = probs / stats[1]; guard: identity (eps 0, and 0 log 0 = 0),
@@ -43,7 +44,8 @@ struct LfqEntropySumsParams {
 struct LfqEntropyCodebookParams {
   const float* probs;
   const double* stats;
-  float* entropy;  // [1]; 0 where nothing is counted
+  float* per_sample;  // [1]: stats[0] / stats[1]
+  float* entropy;     // [1]; both are 0 where nothing is counted
   void* workspace;
   index_t codes;  // 2**channels
   float eps;
@@ -60,12 +62,18 @@ struct LfqEntropyBackwardParams {
   void* workspace;
   float eps;
   bool clamp;
+  bool full_precision;
 };
 
 // The low half of the code takes this many bits, the high half the rest. At least five where there
 // are so many: a row of the matrix product is then a whole number of vectors.
 MF_HOST_DEVICE constexpr int lfq_entropy_low_bits(int channels) {
   return channels <= 5 ? channels : (channels - channels / 2 < 5 ? 5 : channels - channels / 2);
+}
+
+// The mean sample entropy.
+MF_HOST_DEVICE inline float lfq_entropy_per_sample(const double* stats) {
+  return static_cast<float>(stats[0] / (stats[1] > 1.0 ? stats[1] : 1.0));
 }
 
 // d/dP of -P log(guard(P)).

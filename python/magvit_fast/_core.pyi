@@ -178,12 +178,14 @@ def lfq_entropy_sums(
     stats: int,
     probs: int,
     workspace: int,
+    full_precision: bool,
     where: int,
     how: int,
 ) -> None: ...
 def lfq_entropy_codebook(
     probs: int,
     stats: int,
+    per_sample: int,
     entropy: int,
     workspace: int,
     codes: int,
@@ -211,6 +213,7 @@ def lfq_entropy_backward(
     workspace: int,
     eps: float,
     clamp: bool,
+    full_precision: bool,
     where: int,
     how: int,
 ) -> None: ...

@@ -59,6 +59,7 @@ def _entropy(z: Tensor, impl: str, **options: Any) -> tuple[Tensor, ...]:
         (9, 300, {}),
         (13, 40, {"eps": 1e-5, "log_guard": "clamp"}),
         (15, 130, {}),
+        (17, 37, {"eps": 1e-6}),
     ],
 )
 def test_entropy(
@@ -91,3 +92,42 @@ def test_entropy_of_decided_bits(device: torch.device) -> None:
     per_sample, codebook = mf.lfq_entropy(z, channel_dim=-1, impl="native")
     assert per_sample.item() == 0.0
     assert codebook.item() == pytest.approx(torch.tensor(2.0).log().item())
+
+
+def test_entropy_where_tf32_is_allowed(device: torch.device) -> None:
+    # One product of float16 operands, 11 bits like TF32's: errors of 2^-12 a factor, averaged by the sums.
+    z = (torch.randn(2, 14, 70) * 0.02).to(device)
+    exact = _entropy(z.double(), "reference")
+    full = _entropy(z, "native")
+    backend: Any = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        fast = _entropy(z, "native")
+    finally:
+        backend.fp32_precision = before
+    assert abs(fast[1].item() - exact[1].item()) < 1e-4 * exact[1].item()
+    away = float((fast[3] - exact[3]).norm() / exact[3].norm())
+    assert 1e-6 < away < 2e-3  # above: it is not the full product
+    assert float((full[3] - exact[3]).norm() / exact[3].norm()) < 1e-6
+    assert_equal(fast[0], full[0])  # no product is in it
+    assert_equal(fast[2], full[2])
+
+
+def test_entropy_of_improbable_codes(device: torch.device) -> None:
+    # Probabilities down to 1e-20 in one half: beyond what float16 holds unscaled, and below what counts.
+    z = (torch.tensor([[0.1, -0.05, 0.02, 0.0], [-0.08, 0.06, -0.01, 0.03]] * 20)).to(device)
+    actual = _entropy(z, "native", channel_dim=-1)
+    plain = _entropy(z, "reference", channel_dim=-1)
+    exact = _entropy(z.double(), "reference", channel_dim=-1)
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert_within_budget(a, p, e)
+
+
+def test_entropy_of_nan_is_nan(device: torch.device) -> None:
+    z = torch.zeros(9, 8, device=device)
+    z[3, 2] = torch.nan
+    per_sample, codebook, _, of_codebook = _entropy(z, "native", channel_dim=-1)
+    assert bool(per_sample.isnan())
+    assert bool(codebook.isnan())
+    assert bool(of_codebook.isnan().any())

@@ -42,6 +42,13 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kStillPending) : "memory");
 }
 
+// Two numbers rounded to float16 in one register, the first in the low half.
+__device__ __forceinline__ std::uint32_t pack_half_pair(float first, float second) {
+  std::uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
 // Four 8x8 matrices of 16-bit elements: lanes 8i..8i+7 give the addresses of the rows of matrix i.
 // Thread t receives (row t/4, columns 2(t%4) and +1) of each; transposed: of each transposed
 // matrix.

@@ -1,6 +1,6 @@
-"""torch's own precision switches, as the float32 kernels of the CPU read them.
+"""torch's own precision switches, as the float32 kernels read them.
 
-Next hop: none; ops/causal_conv3d.py asks at every call.
+Next hop: none; ops/causal_conv3d.py and ops/lfq_entropy.py ask at every call.
 """
 
 from __future__ import annotations
@@ -21,3 +21,17 @@ def strict() -> bool:
     if precision == "none":
         precision = backend.matmul.fp32_precision
     return bool(precision == "ieee")
+
+
+def full_matmul_on_cuda() -> bool:
+    """Whether float32 matrix products on CUDA devices keep float32's precision: unless TF32 is allowed there.
+
+    Allowed by torch.backends.cuda.matmul.fp32_precision = "tf32" (or, while that is "none",
+    torch.backends.fp32_precision), and by what sets it: torch.set_float32_matmul_precision("high") or
+    ("medium") and torch.backends.cuda.matmul.allow_tf32 = True.
+    """
+    backend: Any = torch.backends
+    precision = backend.cuda.matmul.fp32_precision
+    if precision == "none":
+        precision = backend.fp32_precision
+    return bool(precision != "tf32")

@@ -35,6 +35,13 @@ inline void copy_async_wait() {
   ::emulator::copy_wait(kStillPending);
 }
 
+inline std::uint32_t pack_half_pair(float first, float second) {
+  const __half pair[2] = {first, second};
+  std::uint32_t bits;
+  std::memcpy(&bits, pair, 4);
+  return bits;
+}
+
 // ldmatrix: lanes 8i..8i+7 give the rows of matrix i; thread t receives the pair (row t/4, columns
 // 2(t%4), +1) of each, or of the transposed matrix.
 inline void load_matrix_x4(std::uint32_t (&fragment)[4], const void* row, bool transposed) {
