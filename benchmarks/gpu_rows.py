@@ -204,7 +204,7 @@ def _lfq_rows(
             return _entropy_gradient(functools.partial(losses, impl=impl), z), codes
 
         def tf32_step(z: Tensor, impl: str) -> Any:
-            with _matmul_precision("tf32"):
+            with _tf32():
                 return step(z, impl)
 
         def compiled_step(
@@ -244,15 +244,14 @@ def _compiled_losses(losses: Callable[..., Any], backward: bool) -> Compiled:
 
 
 @contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """Of float32 matrix products on the device: "ieee" or "tf32"."""
-    backend: Any = torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    backend.fp32_precision = precision
+def _tf32() -> Iterator[None]:
+    """TF32 in float32 matrix products, by the same switch as `set_up`'s: torch refuses a mix of old and new ones."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _embedding_rows(batch: int = 8) -> Iterator[Row]:

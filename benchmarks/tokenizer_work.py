@@ -77,7 +77,7 @@ def training_step(
     """The generator's step: losses, backward, the optimizer; its loss."""
     with torch.autocast(video.device.type, autocast) if autocast else contextlib.nullcontext():
         loss = loss_of(tokenizer, video)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()

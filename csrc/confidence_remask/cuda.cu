@@ -7,9 +7,10 @@
 // whose running sum decides; at most a 32nd of it (128 values at least) a third time. One exp a
 // value and one random number a row. Known positions read nothing.
 // Ranking: one block a clip selects the num_unknown-th smallest key by radix, 8 bits a pass from
-// the top; the histogram counts in integers, so its order of additions does not matter. Traffic:
-// the logits of unknown positions once (21 MB at 8 x 1280 x 2 x 512 bfloat16). Limits: 2^31 - 1
-// blocks of 8 positions; counts in int32 (positions of a clip below 2^31).
+// the top, until the rest of a bin is wanted whole (3 or 4 passes of the 6 that 1280 positions
+// could take); the histogram counts in integers, so its order of additions does not matter.
+// Traffic: the logits of unknown positions once (21 MB at 8 x 1280 x 2 x 512 bfloat16). Limits:
+// 2^31 - 1 blocks of 8 positions; counts in int32 (positions of a clip below 2^31).
 #include "common/cuda/bad_position.cuh"
 #include "common/cuda/convert.cuh"
 #include "common/cuda/launch.cuh"
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(ConfidenceRemask
 // The first warp: in which bin the `wanted`-th element lies (wanted >= 1) and how many lie before
 // it.
 struct Bin {
-  int bin, before;
+  int bin, before, inside;
 };
 __device__ __forceinline__ Bin find_bin(const int* histogram, int wanted) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -245,11 +246,13 @@ __device__ __forceinline__ Bin find_bin(const int* histogram, int wanted) {
   }
   const unsigned reached = __ballot_sync(kAllLanes, through >= wanted);
   const int owner = __ffs(static_cast<int>(reached)) - 1;
-  Bin found{lane * 8, through - sum};
+  Bin found{lane * 8, through - sum, 0};
   while (lane == owner && found.before + histogram[found.bin] < wanted)
     found.before += histogram[found.bin++];
+  if (lane == owner) found.inside = histogram[found.bin];
   found.bin = __shfl_sync(kAllLanes, found.bin, owner);
   found.before = __shfl_sync(kAllLanes, found.before, owner);
+  found.inside = __shfl_sync(kAllLanes, found.inside, owner);
   return found;
 }
 
@@ -290,7 +293,13 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(ConfidenceRemaskPara
     cut |= static_cast<std::uint64_t>(found.bin) << shift;
     kept |= std::uint64_t{0xff} << shift;
     wanted -= found.before;
-    __syncthreads();  // `found` and the histogram are free again
+    const bool whole =
+        wanted == found.inside;  // the bin is taken as it is: no need to look into it
+    __syncthreads();             // `found` and the histogram are free again
+    if (whole) {
+      cut |= (std::uint64_t{1} << shift) - 1;
+      break;
+    }
   }
   for (int n = thread; n < length; n += kRankThreads)
     p.new_unknown[base + n] = rank > 0 && unknown[n] && keys[n] <= cut;

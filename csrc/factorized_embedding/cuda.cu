@@ -3,12 +3,17 @@
 // Next hop: none.
 //
 // Forward: a grid-stride loop over (position, 16 bytes of the row); the tables live in L2.
-// Backward, rows: one block for kRowsPerBlock rows of a sub-table x 256 elements of a row. It reads
-// all ids in order, collects the positions that hit its rows (ballots keep the order) and adds
-// their gradients to sums in shared memory; a thread owns one element of every row, so sums run in
-// the order of positions and the result is bit-reproducible. Traffic: the gradient once a
-// sub-token, the ids V / kRowsPerBlock times. Backward, mask embedding: kMaskParts partial sums
-// over runs of positions, added up in order.
+// Backward, rows: one block for kRowsPerBlock rows of a sub-table x 1024 elements of a row. It
+// reads all ids in order, 2048 a round, collects the positions that hit its rows (ballots keep the
+// order) and adds their gradients to sums in shared memory, eight loads ahead; a thread owns four
+// elements of every row, so sums run in the order of positions and the result is bit-reproducible.
+// Traffic: the gradient once a sub-token, the ids V / kRowsPerBlock times. Backward, mask
+// embedding: kMaskParts partial sums over runs of positions, added up in order.
+//
+// At 8 x 1280 ids, 2 x 512 rows of 1024, bfloat16: 256 blocks, five rounds each; 42 MB of gradient
+// and 21 MB of ids, most of it from L2. Floor 10.7 us, predicted 15 us where ids are spread; a row
+// that a tenth of the positions hit is one block's 2 MB, about 30 us. Ladder: v0 256 ids a round,
+// 16 rows and 256 elements a block (40 rounds of waiting, predicted 35 us) -> v1 this. Unmeasured.
 #include "common/cuda/bad_position.cuh"
 #include "common/cuda/convert.cuh"
 #include "common/cuda/launch.cuh"
@@ -18,12 +23,8 @@
 namespace magvit_fast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarpSize, kRowsPerBlock = 16, kMaskParts = 128;
-
-template <class T, int kVector>
-struct alignas(kVector * sizeof(T)) Run {
-  T value[kVector];
-};
+constexpr int kThreads = 256, kWarps = kThreads / kWarpSize, kMaskParts = 128;
+constexpr int kRowsPerBlock = 4, kIdsEach = 8, kRound = kThreads * kIdsEach;
 
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads) forward_kernel(FactorizedEmbeddingForwardParams p) {
@@ -65,52 +66,72 @@ __device__ __forceinline__ int row_hit(const FactorizedEmbeddingParams& in, inde
   return row >= 0 && row < rows ? static_cast<int>(row) : -1;
 }
 
-template <class T>
+// kVector neighboring elements of every row a thread.
+template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads)
     rows_kernel(FactorizedEmbeddingBackwardParams p, int row_tiles) {
-  __shared__ float sum[kRowsPerBlock][kThreads];
-  __shared__ int hits[kThreads], hit_rows[kThreads], warp_hits[kWarps];
+  __shared__ Run<float, kVector> sum[kRowsPerBlock][kThreads];
+  __shared__ int hits[kRound], counts[kIdsEach * kWarps];  // a hit: position of the round, row
   const FactorizedEmbeddingParams& in = p.in;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
+  const int warp = thread / kWarpSize;
   const index_t values = index_t{1} << in.bits;
   const int group = static_cast<int>(blockIdx.x / row_tiles);
   const index_t first = static_cast<index_t>(blockIdx.x % row_tiles) * kRowsPerBlock;
   const int rows =
       values - first < kRowsPerBlock ? static_cast<int>(values - first) : kRowsPerBlock;
-  const index_t element = static_cast<index_t>(blockIdx.y) * kThreads + thread;
+  const index_t element = (static_cast<index_t>(blockIdx.y) * kThreads + thread) * kVector;
+  const bool inside = element < in.dim;
   const T* grad = static_cast<const T*>(p.grad) + element;
-  for (int r = 0; r < kRowsPerBlock; ++r) sum[r][thread] = 0.0f;
+  for (int r = 0; r < kRowsPerBlock; ++r) sum[r][thread] = Run<float, kVector>{};
 
-  for (index_t start = 0; start < in.positions; start += kThreads) {
-    const int row = row_hit(in, start + thread, group, first, rows);
-    const unsigned ballot = __ballot_sync(kAllLanes, row >= 0);
-    if (lane == 0) warp_hits[thread / kWarpSize] = __popc(ballot);
+  for (index_t start = 0; start < in.positions; start += kRound) {
+    int row[kIdsEach];
+    unsigned ballot[kIdsEach];
+#pragma unroll
+    for (int u = 0; u < kIdsEach; ++u)
+      row[u] = row_hit(in, start + u * kThreads + thread, group, first, rows);
+#pragma unroll
+    for (int u = 0; u < kIdsEach; ++u) {
+      ballot[u] = __ballot_sync(kAllLanes, row[u] >= 0);
+      if (lane == 0) counts[u * kWarps + warp] = __popc(ballot[u]);
+    }
     __syncthreads();  // the counts are there, and the last round's list is read
-    int before = 0, found = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < thread / kWarpSize) before += warp_hits[w];
-      found += warp_hits[w];
-    }
-    if (row >= 0) {
-      const int at = before + __popc(ballot & ((1u << lane) - 1));
-      hits[at] = thread;
-      hit_rows[at] = row;
-    }
+    int found = 0;
+#pragma unroll
+    for (int u = 0; u < kIdsEach; ++u)
+      for (int w = 0; w < kWarps; ++w) {
+        if (w == warp && row[u] >= 0)
+          hits[found + __popc(ballot[u] & ((1u << lane) - 1))] =
+              (u * kThreads + thread) * kRowsPerBlock + row[u];
+        found += counts[u * kWarps + w];
+      }
     __syncthreads();           // the list is whole, and the counts are read
     constexpr int kAhead = 8;  // independent loads before their additions
-    for (int i = 0; i < found && element < in.dim; i += kAhead) {
-      float value[kAhead];
+    for (int i = 0; i < found && inside; i += kAhead) {
+      Run<T, kVector> part[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j)
-        value[j] = i + j < found ? static_cast<float>(grad[(start + hits[i + j]) * in.dim]) : 0.0f;
+        if (i + j < found)
+          part[j] = *reinterpret_cast<const Run<T, kVector>*>(
+              grad + (start + hits[i + j] / kRowsPerBlock) * in.dim);
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (i + j < found) sum[hit_rows[i + j]][thread] += value[j];
+      for (int j = 0; j < kAhead; ++j) {
+        if (i + j >= found) break;
+        auto& to = sum[hits[i + j] % kRowsPerBlock][thread];
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) to.value[v] += static_cast<float>(part[j].value[v]);
+      }
     }
   }
-  if (element >= in.dim) return;
+  if (!inside) return;
   T* out = static_cast<T*>(p.grad_weight) + (group * values + first) * in.dim + element;
-  for (int r = 0; r < rows; ++r) out[r * in.dim] = static_cast<T>(sum[r][thread]);
+  for (int r = 0; r < rows; ++r) {
+    Run<T, kVector> result;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) result.value[v] = static_cast<T>(sum[r][thread].value[v]);
+    *reinterpret_cast<Run<T, kVector>*>(out + r * in.dim) = result;
+  }
 }
 
 template <class T>
@@ -137,14 +158,6 @@ __global__ void __launch_bounds__(kThreads) mask_sum_kernel(FactorizedEmbeddingB
   static_cast<T*>(p.grad_mask_embedding)[element] = static_cast<T>(sum);
 }
 
-bool in_runs(const FactorizedEmbeddingForwardParams& p, index_t elements) {
-  const auto aligned = [](const void* at) {
-    return reinterpret_cast<std::uintptr_t>(at) % 16 == 0;
-  };
-  return p.in.dim % elements == 0 && aligned(p.weight) && aligned(p.mask_embedding) &&
-         aligned(p.out);
-}
-
 }  // namespace
 
 index_t factorized_embedding_workspace_bytes(const FactorizedEmbeddingParams& params,
@@ -162,7 +175,8 @@ void factorized_embedding_forward(const FactorizedEmbeddingForwardParams& params
   with_type(params.in.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kVector = 16 / sizeof(T);
-    if (in_runs(params, kVector))
+    if (params.in.dim % kVector == 0 &&
+        all_aligned_16(params.weight, params.mask_embedding, params.out))
       launch(guard, ctx, forward_kernel<T, kVector>, dim3(blocks_for(total / kVector, kThreads)),
              kThreads, 0, params);
     else
@@ -181,14 +195,17 @@ void factorized_embedding_backward(const FactorizedEmbeddingBackwardParams& para
   const index_t row_tiles = ceil_div(index_t{1} << in.bits, index_t{kRowsPerBlock});
   const index_t element_tiles = ceil_div(in.dim, index_t{kThreads});
   check(element_tiles <= 65535, "factorized_embedding: dim must be below 2**24");
+  constexpr int kFour = 4;
+  const bool in_fours = in.dim % kFour == 0 && all_aligned_16(params.grad, params.grad_weight);
   const unsigned row_blocks =
       grid_blocks(row_tiles * in.groups, "factorized_embedding: too many rows for one grid");
   const unsigned across = static_cast<unsigned>(element_tiles);
   const DeviceGuard guard(ctx, "factorized_embedding backward");
   with_type(in.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(guard, ctx, rows_kernel<T>, dim3(row_blocks, across), kThreads, 0, params,
-           static_cast<int>(row_tiles));
+    const auto rows = in_fours ? rows_kernel<T, kFour> : rows_kernel<T, 1>;
+    launch(guard, ctx, rows, dim3(row_blocks, in_fours ? (across + kFour - 1) / kFour : across),
+           kThreads, 0, params, static_cast<int>(row_tiles));
     if (params.grad_mask_embedding == nullptr) return;
     launch(guard, ctx, mask_parts_kernel<T>, dim3(kMaskParts, across), kThreads, 0, params);
     launch(guard, ctx, mask_sum_kernel<T>, dim3(across), kThreads, 0, params);

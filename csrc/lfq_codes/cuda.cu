@@ -15,11 +15,9 @@ namespace magvit_fast::cuda {
 namespace {
 
 template <class T>
-__global__ void lfq_codes_kernel(LfqCodesParams p) {
+__global__ void __launch_bounds__(kLoopThreads) lfq_codes_kernel(LfqCodesParams p) {
   const index_t total = p.outer * p.channels * p.inner;
-  const index_t step = static_cast<index_t>(gridDim.x) * blockDim.x;
-  for (index_t e = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x; e < total;
-       e += step) {
+  for (index_t e = loop_begin(); e < total; e += loop_step()) {
     const index_t i = e % p.inner, c = e / p.inner % p.channels, o = e / p.inner / p.channels;
     const index_t position = o * p.inner + i;
     const std::int64_t index = p.indices[position];
@@ -35,15 +33,10 @@ __global__ void lfq_codes_kernel(LfqCodesParams p) {
 
 void lfq_codes_forward(const LfqCodesParams& params, const ExecContext& ctx) {
   check(params.channels >= 1 && params.channels <= 63, "lfq_codes: channels must be in 1..63");
-  const index_t total = params.outer * params.channels * params.inner;
-  if (total == 0) return;
-  const DeviceGuard guard(ctx, "lfq_codes");
-  constexpr unsigned kThreads = 256;
   with_type(params.dtype, [&](auto type) {
-    launch(guard, ctx, lfq_codes_kernel<decltype(type)>, dim3(blocks_for(total, kThreads)),
-           kThreads, 0, params);
+    launch_loop(ctx, "lfq_codes", params.outer * params.channels * params.inner,
+                lfq_codes_kernel<decltype(type)>, params);
   });
-  guard.finish();
 }
 
 }  // namespace magvit_fast::cuda

@@ -13,11 +13,9 @@ namespace magvit_fast::cuda {
 namespace {
 
 template <class T>
-__global__ void lfq_quantize_kernel(LfqQuantizeParams p) {
+__global__ void __launch_bounds__(kLoopThreads) lfq_quantize_kernel(LfqQuantizeParams p) {
   const index_t positions = p.outer * p.inner;
-  const index_t step = static_cast<index_t>(gridDim.x) * blockDim.x;
-  for (index_t position = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       position < positions; position += step) {
+  for (index_t position = loop_begin(); position < positions; position += loop_step()) {
     const index_t o = position / p.inner, i = position % p.inner;
     const index_t base = o * p.outer_stride + i * p.inner_stride;
     const T* z = static_cast<const T*>(p.z) + base;
@@ -35,15 +33,10 @@ __global__ void lfq_quantize_kernel(LfqQuantizeParams p) {
 }  // namespace
 
 void lfq_quantize_forward(const LfqQuantizeParams& params, const ExecContext& ctx) {
-  const index_t positions = params.outer * params.inner;
-  if (positions == 0) return;
-  const DeviceGuard guard(ctx, "lfq_quantize");
-  constexpr unsigned kThreads = 256;
   with_type(params.dtype, [&](auto type) {
-    launch(guard, ctx, lfq_quantize_kernel<decltype(type)>, blocks_for(positions, kThreads),
-           kThreads, 0, params);
+    launch_loop(ctx, "lfq_quantize", params.outer * params.inner,
+                lfq_quantize_kernel<decltype(type)>, params);
   });
-  guard.finish();
 }
 
 }  // namespace magvit_fast::cuda

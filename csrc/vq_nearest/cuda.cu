@@ -99,7 +99,8 @@ __device__ void search_exactly(const VqNearestParams& p, index_t position, doubl
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) search_kernel(VqNearestParams p, Workspace space) {
-  __shared__ float zs[kDepth][kTile], cs[kDepth][kTile];
+  // Rows four floats longer: neighboring threads fill a column, which would lie in one bank.
+  __shared__ float zs[kDepth][kTile + 4], cs[kDepth][kTile + 4];
   __shared__ Leader leaders[kTile][kSide];
   __shared__ double distance[kThreads];
   __shared__ int code_of[kThreads];

@@ -43,6 +43,12 @@ void with_half_type(DType dtype, const Body& body) {
   throw std::invalid_argument("dtype: expected a 16-bit type");
 }
 
+// kCount neighbors in one load or store; the address is a multiple of their size.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Run {
+  T value[kCount];
+};
+
 // Two neighbors in one store; the address is a multiple of two elements.
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {

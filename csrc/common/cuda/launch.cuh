@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -75,6 +76,30 @@ inline std::size_t shared_limit(const ExecContext& ctx, const char* op) {
 inline unsigned blocks_for(index_t items, unsigned threads) {
   const index_t wanted = ceil_div(items, static_cast<index_t>(threads));
   return static_cast<unsigned>(wanted < 1 ? 1 : wanted < 8192 ? wanted : 8192);
+}
+
+// A grid-stride loop over `items` as an op's only kernel: launched on the caller's stream, errors
+// by the op's name. In the kernel: for (index_t i = loop_begin(); i < items; i += loop_step()).
+constexpr unsigned kLoopThreads = 256;
+template <class Kernel, class... Actual>
+void launch_loop(const ExecContext& ctx, const char* op, index_t items, Kernel kernel,
+                 const Actual&... arguments) {
+  if (items == 0) return;
+  const DeviceGuard guard(ctx, op);
+  launch(guard, ctx, kernel, dim3(blocks_for(items, kLoopThreads)), kLoopThreads, 0, arguments...);
+  guard.finish();
+}
+__device__ __forceinline__ index_t loop_begin() {
+  return static_cast<index_t>(blockIdx.x) * kLoopThreads + threadIdx.x;
+}
+__device__ __forceinline__ index_t loop_step() {
+  return static_cast<index_t>(gridDim.x) * kLoopThreads;
+}
+
+// Whether 16 bytes at a time can be read and written there.
+template <class... Pointer>
+bool all_aligned_16(const Pointer*... at) {
+  return ((reinterpret_cast<std::uintptr_t>(at) % 16 == 0) && ...);
 }
 
 // Grids of one dimension hold 2^31 - 1 blocks.
