@@ -34,44 +34,49 @@ PROBLEMS = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def _options(problem: dict) -> dict:
+    return {k: problem[k] for k in ("stride", "dilation", "groups") if k in problem}
+
+
 def _native(
     x: Tensor, w: Tensor, b: Tensor, dy: Tensor, p: dict, work: str
 ) -> Callable[[], object]:
-    stride = p.get("stride", 1)
+    how = _options(p)
     if work == "forward":
-        return lambda: mf.causal_conv3d(x, w, b, stride=stride, impl="native")
+        return lambda: mf.causal_conv3d(x, w, b, **how, impl="native")
     if work == "training":
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
         return lambda: torch.autograd.grad(
-            mf.causal_conv3d(x, w, b, stride=stride, impl="native"), (x, w), dy
+            mf.causal_conv3d(x, w, b, **how, impl="native"), (x, w), dy
         )
     # Only the wanted gradient is asked for: a torch.autograd.Function cannot see that autograd.grad
     # will drop the other one, while PyTorch's own convolution can.
     wanted = (x if work == "input_grad" else w).detach().requires_grad_()
     x, w = (wanted, w) if work == "input_grad" else (x, wanted)
-    y = mf.causal_conv3d(x, w, b, stride=stride, impl="native")
+    y = mf.causal_conv3d(x, w, b, **how, impl="native")
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 
 def _torch(x: Tensor, w: Tensor, b: Tensor, dy: Tensor, p: dict, work: str) -> Callable[[], object]:
-    stride = p.get("stride", [1, 1, 1])
-    kt, kh, kw = p.get("kernel", (3, 3, 3))
-    pads = [(kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2, kt - 1, 0]
+    how = _options(p)
+    spans = zip(p.get("kernel", (3, 3, 3)), p.get("dilation", (1, 1, 1)), strict=True)
+    t, h, v = (dilation * (kernel - 1) for kernel, dilation in spans)
+    pads = [v // 2, v - v // 2, h // 2, h - h // 2, t, 0]
     inner = [0, pads[2], pads[0]]  # what the convolution itself can pad: equal on both sides
     if pads[0] == pads[1] and pads[2] == pads[3]:
         pads[:4] = [0, 0, 0, 0]
     else:
         inner = [0, 0, 0]
     if work == "forward":
-        return lambda: F.conv3d(F.pad(x, pads), w, b, stride, inner)
+        return lambda: F.conv3d(F.pad(x, pads), w, b, padding=inner, **how)
     if work == "training":
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
         return lambda: torch.autograd.grad(
-            F.conv3d(F.pad(x, pads), w, b, stride, inner), (x, w), dy
+            F.conv3d(F.pad(x, pads), w, b, padding=inner, **how), (x, w), dy
         )
     padded = F.pad(x, pads).detach().requires_grad_()
     w = w.detach().requires_grad_()
-    y = F.conv3d(padded, w, b, stride, inner)
+    y = F.conv3d(padded, w, b, padding=inner, **how)
     wanted = padded if work == "input_grad" else w
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
@@ -84,14 +89,14 @@ def test_causal_conv3d(benchmark, problem: dict, dtype: str, work: str, impl: st
     torch.manual_seed(0)
     (c_in, c_out), kernel = problem["channels"], problem.get("kernel", (3, 3, 3))
     x = torch.randn(1, c_in, *problem["size"]).to(DTYPES[dtype])
-    w = torch.randn(c_out, c_in, *kernel).to(DTYPES[dtype])
+    w = torch.randn(c_out, c_in // problem.get("groups", 1), *kernel).to(DTYPES[dtype])
     b = torch.randn(c_out).to(DTYPES[dtype])
     if impl != "torch_contiguous":
         x = x.contiguous(memory_format=torch.channels_last_3d)
     if impl == "torch_channels_last":
         w = w.contiguous(memory_format=torch.channels_last_3d)
     with torch.no_grad():
-        y = mf.causal_conv3d(x, w, b, stride=problem.get("stride", 1))
+        y = mf.causal_conv3d(x, w, b, **_options(problem))
     dy = torch.randn_like(y)
     run = (_native if impl == "native" else _torch)(x, w, b, dy, problem, work)
     benchmark.group = f"causal_conv3d {problem['name']} {dtype} {work}"

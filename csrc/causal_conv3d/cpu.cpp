@@ -168,7 +168,8 @@ void run(const Conv3dShape& shape, Direction direction, const Tensors& tensors, 
     return winograd_run(shape, direction, tensors, memory, ctx);
   if (strip_serves(shape, direction, ctx.isa))
     return strip_run(shape, direction, tensors, memory, ctx);
-  if (grouped_serves(shape, ctx.isa)) return grouped_run(shape, direction, tensors, memory, ctx);
+  if (grouped_serves(shape, direction, ctx.isa))
+    return grouped_run(shape, direction, tensors, memory, ctx);
   const Conv3dShape s = with_flat_plane(shape);
   Workspace workspace(memory);
   Plan plan = make_plan(s, direction, tensors, ctx.isa, workspace);
@@ -205,7 +206,7 @@ void run(const Conv3dShape& shape, Direction direction, const Tensors& tensors, 
 std::size_t measure(const Conv3dShape& s, Direction direction, const ExecContext& ctx) {
   if (by_winograd(s, direction, ctx.isa)) return winograd_workspace(s, direction, ctx);
   if (strip_serves(s, direction, ctx.isa)) return strip_workspace(s, direction, ctx);
-  if (grouped_serves(s, ctx.isa)) return grouped_workspace(s, direction, ctx);
+  if (grouped_serves(s, direction, ctx.isa)) return grouped_workspace(s, direction, ctx);
   Workspace workspace(nullptr);
   make_plan(with_flat_plane(s), direction, {}, ctx.isa, workspace);
   return workspace.bytes();
@@ -224,7 +225,9 @@ Packing packing_of(const Conv3dShape& s, bool forward, const void* weight, int i
 Conv3dPacking causal_conv3d_packing(const Conv3dShape& shape, bool forward,
                                     const ExecContext& ctx) {
   if (!forward && folds_border(shape, ctx)) return {0, 0};
-  if (grouped_serves(shape, ctx.isa)) return {0, 0};
+  const Direction direction = forward ? Direction::forward : Direction::input_grad;
+  if (!by_winograd(shape, direction, ctx.isa) && grouped_serves(shape, direction, ctx.isa))
+    return {0, 0};
   const Packing p = packing_of(shape, forward, nullptr, ctx.isa);
   index_t kind = (p.layout.block * 64 + p.layout.lanes) * 4096 + p.weight.joined;
   for (const bool part : {p.layout.pairs, p.layout.taps_inside, p.layout.type == DType::bf16,

@@ -1,4 +1,4 @@
-// causal_conv3d on the CPU: groups of few channels, where several fit a vector.
+// causal_conv3d on the CPU: groups of few channels.
 // Previous hop: cpu.cpp, cpu_weight_grad.cpp.
 // Next hop: cpu_grouped.cpp, cpu_grouped_weight_grad.cpp.
 #pragma once
@@ -10,8 +10,9 @@
 
 namespace magvit_fast::cpu {
 
-// Whether the kernels for such groups serve, in all three ops; weights are then taken as they are.
-bool grouped_serves(const Conv3dShape& shape, int isa);
+// Whether the kernels for such groups serve; weights are then taken as they are.
+bool grouped_serves(const Conv3dShape& shape, Direction direction, int isa);
+bool grouped_weight_grad_serves(const Conv3dShape& shape, int isa);
 
 std::size_t grouped_workspace(const Conv3dShape& shape, Direction direction,
                               const ExecContext& ctx);

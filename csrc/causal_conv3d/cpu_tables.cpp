@@ -69,7 +69,7 @@ AxisGather gather_axis(const AxisMap& a, Direction direction, Workspace& workspa
 }
 
 WidthGather gather_width(const AxisMap& a, Direction direction, index_t source_channels,
-                         Workspace& workspace) {
+                         Workspace& workspace, bool by_dilation) {
   WidthGather g{};
   g.width = targets(a, direction);
   g.slots = most_sources(a, direction);
@@ -81,7 +81,10 @@ WidthGather gather_width(const AxisMap& a, Direction direction, index_t source_c
 
   // Columns of one residue class meet the same taps; each class is cut into tiles of nearly equal
   // size.
-  const index_t classes = direction == Direction::forward ? 1 : a.stride;
+  const bool forward = direction == Direction::forward;
+  index_t classes = forward ? 1 : a.stride;
+  if (by_dilation && a.dilation % a.stride == 0)
+    classes = forward ? a.dilation / a.stride : a.dilation;
   index_t ordered = 0;
   for (index_t c = 0; c < classes; ++c) {
     const index_t first = ordered;

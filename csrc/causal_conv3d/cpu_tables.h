@@ -14,8 +14,9 @@ enum class Direction { forward, input_grad };
 // At least as many sources as any target gathers along the axis.
 index_t most_sources(const AxisMap& axis, Direction direction);
 AxisGather gather_axis(const AxisMap& axis, Direction direction, Workspace& workspace);
+// `by_dilation`: the order of targets makes neighbors of the columns that dilated taps read.
 WidthGather gather_width(const AxisMap& axis, Direction direction, index_t source_channels,
-                         Workspace& workspace);
+                         Workspace& workspace, bool by_dilation = false);
 
 // The weight gradient asks the other way round: what each output reads through each tap.
 struct SourceTables {

@@ -191,7 +191,7 @@ void write(const WeightGradItem& item, const Plan& plan, const Sides& sides, int
 }  // namespace
 
 std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
-  if (grouped_serves(shape, ctx.isa)) return grouped_weight_grad_workspace(shape, ctx);
+  if (grouped_weight_grad_serves(shape, ctx.isa)) return grouped_weight_grad_workspace(shape, ctx);
   if (winograd_serves(shape, ConvOp::weight_grad, ctx.isa))
     return winograd_weight_grad_workspace(shape, ctx);
   if (point_grad_serves(shape)) return point_grad_workspace(shape, ctx);
@@ -203,8 +203,8 @@ std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const 
 
 void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
   if (winograd_serves(p.shape, ConvOp::weight_grad, ctx.isa)) return winograd_weight_grad(p, ctx);
+  if (grouped_weight_grad_serves(p.shape, ctx.isa)) return grouped_weight_grad(p, ctx);
   if (point_grad_serves(p.shape)) return point_grad(p, ctx);
-  if (grouped_serves(p.shape, ctx.isa)) return grouped_weight_grad(p, ctx);
   check(p.shape.w.source * p.shape.in_channels < (index_t{1} << 31),
         "causal_conv3d: a row of x has more than 2^31 elements");
   Workspace workspace(p.workspace);

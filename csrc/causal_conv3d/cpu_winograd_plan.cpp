@@ -7,6 +7,7 @@ namespace magvit_fast::cpu {
 namespace {
 
 constexpr index_t kLeastChannels = 16;
+constexpr index_t kLeastPaired = 32;  // of a group in bfloat16; below, grouped.simd.cpp is faster
 
 bool strict(const Conv3dShape& s) { return s.strict && s.dtype == DType::f32; }
 index_t tile_size(const Conv3dShape& s) { return strict(s) ? 2 : 4; }
@@ -58,6 +59,7 @@ bool pays(const Conv3dShape& s, ConvOp op, int isa) {
   const double transforms = 24.0 * points * tiles * rows * static_cast<double>(in + out);
   const double weights = 15.0 * points * static_cast<double>(planner.sets().count) * matrix;
   const bool pairs = s.dtype == DType::bf16 && multiplies_bf16(isa);
+  if (pairs && s.groups > 1 && least(in, out) < kLeastPaired) return false;
   const double rate = (pairs ? 0.55 : 1.05) * matrix;
   const double frames = static_cast<double>(s.batch * planner.products_apart());
   const double direct = rate * 9.0 * static_cast<double>(height * width) * frames;

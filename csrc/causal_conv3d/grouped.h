@@ -2,11 +2,10 @@
 // Previous hop: cpu_grouped.cpp, cpu_grouped_weight_grad.cpp.
 // Next hop: grouped.simd.cpp, grouped_weight_grad.simd.cpp.
 //
-// Lane l of vector v is channel v * together * produce + l of the side that is produced. A group's
-// sum has `units` terms a tap: channels, or pairs of them where bfloat16 is multiplied so. Term k
-// of all lanes is one vector of weights times one of sources, in which every group's k-th unit
-// stands at the lanes of its group: a permutation of the pixel's own channels, and for depthwise
-// convolutions the pixel itself.
+// Vectors run along the channels of the side that is produced, and none holds parts of two groups
+// but whole ones side by side. A group's sum has `units` terms a tap: channels, or pairs of them
+// where bfloat16 is multiplied so. Term k of all lanes is one vector of weights times one of
+// sources, in which every group's k-th unit stands at the lanes of its group.
 #pragma once
 
 #include <cstdint>
@@ -18,31 +17,50 @@
 
 namespace magvit_fast {
 
+// How the vector of sources is made of the pixel's own channels.
+enum class GroupSource {
+  pixel,     // depthwise: it is the pixel
+  tail,      // the same where channels end within the vector
+  spread,    // by a permutation
+  broadcast  // one group a vector: one unit for all lanes
+};
+
 struct GroupLanes {
   index_t groups, reduce, produce;  // channels of a group: of its sums, and of its results
-  index_t together;                 // groups in a vector
   index_t units;                    // of a group's sum
-  bool spread;                      // the sources must be permuted
+  index_t together, split;          // groups of a vector; if that is one: vectors of a group
+  index_t width;                    // lanes of a vector
+  GroupSource source;
 
-  index_t vectors() const { return ceil_div(groups, together); }
-  index_t count(index_t vector) const {  // groups of a vector
-    const index_t left = groups - vector * together;
+  index_t vectors() const { return ceil_div(groups, together) * split; }
+  index_t group(index_t vector) const { return vector / split * together; }  // the first one
+  index_t count(index_t vector) const {
+    const index_t left = groups - group(vector);
     return left < together ? left : together;
+  }
+  index_t channel(index_t vector) const {  // of the results, the first one
+    return group(vector) * produce + vector % split * width;
+  }
+  index_t lanes(index_t vector) const {  // that hold results
+    const index_t left = count(vector) * produce - vector % split * width;
+    return left < width ? left : width;
   }
 };
 
 // Groups that fit a vector side by side with their sources and their results.
-constexpr index_t groups_together(index_t reduce, index_t produce, index_t groups, int isa) {
+constexpr index_t groups_together(index_t reduce, index_t produce, index_t groups, index_t width) {
   const index_t widest = reduce > produce ? reduce : produce;
-  const index_t fit = gather_lanes(isa) / widest;
+  const index_t fit = width / widest;
   return fit < groups ? fit : groups;
 }
 
-// Vectors of a pixel whose sums stay in registers.
-constexpr index_t grouped_vectors(bool spread, int isa) {
-  return isa >= 2 ? (spread ? 2 : 4) : (spread ? 1 : 2);
+// Vectors of a pixel whose sums stay in registers; broadcast are those of one group, at most
+// kMostSplit.
+constexpr index_t grouped_vectors(GroupSource source, int isa) {
+  return isa >= 2 ? (source == GroupSource::pixel ? 4 : 2) : (source == GroupSource::pixel ? 2 : 1);
 }
-constexpr index_t kMaxUnits = 8;  // two groups in a vector of 16 lanes
+constexpr index_t kMostSplit = 2;
+constexpr index_t kMaxUnits = 8;  // of a spread vector: two groups in 16 lanes
 
 // A source row and the weights of its (kt, kh).
 struct GroupedRow {
@@ -64,7 +82,7 @@ struct GroupedParams {
   // [tiles][1 + slots]: how many slots have a source for some pixel of the tile, and which. Instead
   // of three, kWindow: each reads one column behind the one before.
   const std::int32_t* slots;
-  index_t max_rows;  // most (frame, row) pairs of a target row
+  index_t max_rows;  // most (frame, row) pairs of an item, added up over its rows
   DType type;        // of sources and targets
 };
 constexpr std::int32_t kWindow = -1;
@@ -90,7 +108,7 @@ struct GroupedGradParams {
 // One unit of work: the gradients of some vectors, summed over some of the rows of dy.
 struct GroupedGradItem {
   index_t vector_begin, vector_end;
-  index_t row_begin, row_end;  // of batch * frames * height
+  index_t row_begin, row_end;  // of batch * frames * lines of grad_line_rows rows (weight_grad.h)
 };
 
 // sums: [vector of the item][tap][unit][lane].

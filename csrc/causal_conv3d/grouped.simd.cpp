@@ -29,10 +29,27 @@ namespace {
 
 constexpr index_t kChain = 64;  // products that are added up before they join the sums
 
+// What the taps of a row meet: three of them the columns of one window.
+struct Window {
+  std::int32_t offset[kTilePixels + 2];  // of the source, or -1
+  index_t tap[3];                        // in elements of the weights
+
+  Window(const GroupedParams& p, const std::int32_t* slots, index_t first, index_t pixels) {
+    if (slots[0] != kWindow) return;
+    const WidthGather& w = p.w;
+    for (index_t q = 0; q < pixels + 2; ++q) {
+      const index_t slot = q < pixels ? 0 : q - pixels + 1, i = q < pixels ? q : pixels - 1;
+      offset[q] = w.offset[slots[1 + slot] * w.width + first + i];
+    }
+    for (int s = 0; s < 3; ++s) tap[s] = w.slot_tap[slots[1 + s]] * p.lanes.units * kLanes;
+  }
+};
+
 struct Tile {
   const GroupedParams& p;
   const Spread& spread;
   const std::int32_t* slots;  // of the tile, as in GroupedParams
+  const Window& window;
   const GroupedRow* rows;
   int num_rows;
   index_t first;   // in the order of w.target
@@ -41,49 +58,74 @@ struct Tile {
   const void* residual;
 };
 
-template <class F, bool kSpread, int MR, int NV>
+template <class F, GroupSource kSource, int MR, int NV>
 struct Run {
   typedef typename F::T T;
   typedef typename F::Weight Weight;
   typedef typename F::Vector Vector;
 
   const GroupLanes& l;
-  index_t step;         // elements of the source from one vector to the next
+  index_t from[NV];     // elements of the source from the first vector to each
   index_t tap, vector;  // elements of the weights of a tap, and of a vector
   int sources[NV];      // units of each vector
+  const T* zeros;
 
   explicit Run(const Tile& tile) : l(tile.p.lanes) {
     const GroupedParams& p = tile.p;
-    step = l.together * l.reduce;
     tap = l.units * kLanes;
     vector = p.kernel_t * p.kernel_h * p.kernel_w * tap;
-    for (int j = 0; j < NV; ++j) sources[j] = static_cast<int>(l.count(tile.vector + j) * l.units);
+    zeros = static_cast<const T*>(p.zeros);
+    for (int j = 0; j < NV; ++j) {
+      from[j] = (l.group(tile.vector + j) - l.group(tile.vector)) * l.reduce;
+      sources[j] = static_cast<int>(l.count(tile.vector + j) * l.units);
+    }
   }
 
-  static inline __attribute__((always_inline)) Vector source(const T* p, int units,
-                                                             const Tile& tile, index_t k) {
-    const Vector v = F::source(p, units);
-    return kSpread ? F::spread(v, tile.spread.lane[k]) : v;
+  // The k-th unit of every group, of the pixel at p.
+  inline __attribute__((always_inline)) Vector source(const Tile& tile, const T* p, int j,
+                                                      index_t k) const {
+    if constexpr (kSource == GroupSource::pixel) return in_register(F::source(p + j * kLanes));
+    if constexpr (kSource == GroupSource::tail) return F::source(p, sources[j]);
+    if constexpr (kSource == GroupSource::broadcast) return F::broadcast(p, k);
+    return F::spread(F::source(p + from[j], sources[j]), tile.spread.lane[k]);
+  }
+  index_t units() const {
+    return kSource == GroupSource::pixel || kSource == GroupSource::tail ? 1 : l.units;
   }
 
   inline __attribute__((always_inline)) void add_window(const Tile& tile, const GroupedRow& row,
                                                         vf (&acc)[MR][NV]) const {
-    const WidthGather& w = tile.p.w;
     const T* pixels = static_cast<const T*>(row.pixels);
     const T* a[MR + 2];
-    const std::int32_t* offset = w.offset + tile.first;
     MF_UNROLL
     for (int q = 0; q < MR + 2; ++q) {
-      const int slot = q < MR ? 0 : q - MR + 1, i = q < MR ? q : MR - 1;
-      const std::int32_t at = offset[tile.slots[1 + slot] * w.width + i];
-      a[q] = at >= 0 ? pixels + at : static_cast<const T*>(tile.p.zeros);
+      const std::int32_t at = tile.window.offset[q];
+      a[q] = at >= 0 ? pixels + at : zeros;
     }
-    const Weight* weights = static_cast<const Weight*>(row.weights);
     const Weight* b[3];
     MF_UNROLL
-    for (int s = 0; s < 3; ++s) b[s] = weights + w.slot_tap[tile.slots[1 + s]] * tap;
-    const index_t units = kSpread ? l.units : 1;
-    for (index_t k = 0; k < units; ++k) {
+    for (int s = 0; s < 3; ++s) b[s] = static_cast<const Weight*>(row.weights) + tile.window.tap[s];
+    for (index_t k = 0; k < units(); ++k) {
+      if constexpr (kSource == GroupSource::broadcast) {  // a group's vectors share their sources
+        Vector weight[3][NV];
+        MF_UNROLL
+        for (int s = 0; s < 3; ++s) {
+          MF_UNROLL
+          for (int j = 0; j < NV; ++j) weight[s][j] = F::weights(b[s] + j * vector + k * kLanes);
+        }
+        MF_UNROLL
+        for (int q = 0; q < MR + 2; ++q) {
+          const Vector x = source(tile, a[q], 0, k);
+          MF_UNROLL
+          for (int s = 0; s < 3; ++s) {
+            MF_UNROLL
+            for (int j = 0; j < NV; ++j)
+              if (q - s >= 0 && q - s < MR)
+                acc[q - s][j] = F::multiply_add(acc[q - s][j], x, weight[s][j]);
+          }
+        }
+        continue;
+      }
       MF_UNROLL
       for (int j = 0; j < NV; ++j) {
         Vector weight[3];
@@ -91,7 +133,7 @@ struct Run {
         for (int s = 0; s < 3; ++s) weight[s] = F::weights(b[s] + j * vector + k * kLanes);
         MF_UNROLL
         for (int q = 0; q < MR + 2; ++q) {
-          const Vector x = source(a[q] + j * step, sources[j], tile, k);
+          const Vector x = source(tile, a[q], j, k);
           MF_UNROLL
           for (int s = 0; s < 3; ++s)
             if (q - s >= 0 && q - s < MR)
@@ -108,18 +150,15 @@ struct Run {
     const std::int32_t* offset = w.offset + slot * w.width + tile.first;
     const T* a[MR];
     MF_UNROLL
-    for (int i = 0; i < MR; ++i)
-      a[i] = offset[i] >= 0 ? pixels + offset[i] : static_cast<const T*>(tile.p.zeros);
+    for (int i = 0; i < MR; ++i) a[i] = offset[i] >= 0 ? pixels + offset[i] : zeros;
     const Weight* b = static_cast<const Weight*>(row.weights) + w.slot_tap[slot] * tap;
-    const index_t units = kSpread ? l.units : 1;
-    for (index_t k = 0; k < units; ++k, b += kLanes) {
+    for (index_t k = 0; k < units(); ++k, b += kLanes) {
       MF_UNROLL
       for (int j = 0; j < NV; ++j) {
         const Vector weight = F::weights(b + j * vector);
         MF_UNROLL
         for (int i = 0; i < MR; ++i)
-          acc[i][j] =
-              F::multiply_add(acc[i][j], source(a[i] + j * step, sources[j], tile, k), weight);
+          acc[i][j] = F::multiply_add(acc[i][j], source(tile, a[i], j, k), weight);
       }
     }
   }
@@ -128,8 +167,8 @@ struct Run {
     const GroupedParams& p = tile.p;
     MF_UNROLL
     for (int j = 0; j < NV; ++j) {
-      const index_t channel = (tile.vector + j) * l.together * l.produce;
-      const int lanes = static_cast<int>(l.count(tile.vector + j) * l.produce);
+      const index_t channel = l.channel(tile.vector + j);
+      const int lanes = static_cast<int>(l.lanes(tile.vector + j));
       const vf bias = p.bias ? load_lanes(static_cast<const T*>(p.bias) + channel, lanes) : vf{};
       MF_UNROLL
       for (int i = 0; i < MR; ++i) {
@@ -143,9 +182,9 @@ struct Run {
   }
 };
 
-template <class F, bool kSpread, int MR, int NV>
+template <class F, GroupSource kSource, int MR, int NV>
 void run_tile(const Tile& tile) {
-  const Run<F, kSpread, MR, NV> run(tile);
+  const Run<F, kSource, MR, NV> run(tile);
   vf acc[MR][NV] = {};
   const std::int32_t count = tile.slots[0];
   const index_t row_terms = tile.p.lanes.units * (count == kWindow ? 3 : count);
@@ -176,37 +215,44 @@ void run_tile(const Tile& tile) {
 
 typedef void (*TileFunction)(const Tile&);
 
-template <class F, bool kSpread, int NV>
+template <class F, GroupSource kSource, int NV>
 TileFunction pick_pixels(index_t pixels) {
   static_assert(kTilePixels == 6, "one case a size");
   switch (pixels) {
     case 1:
-      return run_tile<F, kSpread, 1, NV>;
+      return run_tile<F, kSource, 1, NV>;
     case 2:
-      return run_tile<F, kSpread, 2, NV>;
+      return run_tile<F, kSource, 2, NV>;
     case 3:
-      return run_tile<F, kSpread, 3, NV>;
+      return run_tile<F, kSource, 3, NV>;
     case 4:
-      return run_tile<F, kSpread, 4, NV>;
+      return run_tile<F, kSource, 4, NV>;
     case 5:
-      return run_tile<F, kSpread, 5, NV>;
+      return run_tile<F, kSource, 5, NV>;
     default:
-      return run_tile<F, kSpread, 6, NV>;
+      return run_tile<F, kSource, 6, NV>;
   }
 }
 
 constexpr int kSpreadVectors = kVectors / 2;  // grouped_vectors of this level
 
 template <class F>
-TileFunction pick_tile(bool spread, index_t vectors, index_t pixels) {
-  if (spread) {
+TileFunction pick_tile(GroupSource source, index_t vectors, index_t pixels) {
+  if (source == GroupSource::spread) {
     if constexpr (kSpreadVectors >= 2)
-      if (vectors == 2) return pick_pixels<F, true, 2>(pixels);
-    return pick_pixels<F, true, 1>(pixels);
+      if (vectors == 2) return pick_pixels<F, GroupSource::spread, 2>(pixels);
+    return pick_pixels<F, GroupSource::spread, 1>(pixels);
   }
+  // 16-bit numbers that stand alone are slow to broadcast: cpu_grouped.cpp asks for none.
+  if constexpr (F::kBroadcasts)
+    if (source == GroupSource::broadcast)
+      return vectors == 2 ? pick_pixels<F, GroupSource::broadcast, 2>(pixels)
+                          : pick_pixels<F, GroupSource::broadcast, 1>(pixels);
+  if (source == GroupSource::tail) return pick_pixels<F, GroupSource::tail, 1>(pixels);
   if constexpr (kVectors >= 4)
-    if (vectors == 4) return pick_pixels<F, false, 4>(pixels);
-  return vectors == 2 ? pick_pixels<F, false, 2>(pixels) : pick_pixels<F, false, 1>(pixels);
+    if (vectors == 4) return pick_pixels<F, GroupSource::pixel, 4>(pixels);
+  return vectors == 2 ? pick_pixels<F, GroupSource::pixel, 2>(pixels)
+                      : pick_pixels<F, GroupSource::pixel, 1>(pixels);
 }
 
 template <class F>
@@ -216,11 +262,15 @@ class Item {
       : p_(p), item_(item), spread_(p.lanes), rows_(rows) {}
 
   void run() {
-    const index_t most = p_.lanes.spread ? kSpreadVectors : kVectors;
+    const GroupLanes& l = p_.lanes;
     for (index_t v = item_.vector_begin; v < item_.vector_end;) {
-      const index_t left = item_.vector_end - v;
-      const index_t vectors = left >= most ? most : left >= 2 ? 2 : 1;
-      for (index_t h = item_.row_begin; h < item_.row_end; ++h) run_row(v, vectors, h);
+      index_t end = item_.vector_end;
+      GroupSource source = l.source;
+      if (source == GroupSource::pixel && l.lanes(end - 1) < l.width) --end;  // is done alone
+      if (v == end) source = GroupSource::tail, ++end;
+      const index_t vectors = end - v == 3 ? 2 : end - v;
+      list_rows(v);
+      for (index_t i = 0; i < p_.w.tiles; ++i) run_column(source, v, vectors, i);
       v += vectors;
     }
   }
@@ -229,32 +279,38 @@ class Item {
   typedef typename F::T T;
   typedef typename F::Weight Weight;
 
-  void run_row(index_t vector, index_t vectors, index_t h) {
-    const void* residual =
-        p_.residual.late ? row_of<const T>(p_.residual, item_.n, item_.t, h) : nullptr;
-    T* target = row_of<T>(p_.target, item_.n, item_.t, h);
-    const int count = list_rows(h, vector);
-    for (index_t i = 0; i < p_.w.tiles; ++i) {
-      const index_t first = p_.w.tile_first[i], pixels = p_.w.tile_first[i + 1] - first;
-      pick_tile<F>(p_.lanes.spread, vectors,
-                   pixels)({p_, spread_, p_.slots + i * (1 + p_.w.slots), rows_, count, first,
-                            vector, target, residual});
+  // A tile's columns in all rows of the item, one after the other: of the source rows of a target
+  // row most are those of the one before, and still in the L1 cache.
+  void run_column(GroupSource source, index_t vector, index_t vectors, index_t tile) {
+    const index_t first = p_.w.tile_first[tile], pixels = p_.w.tile_first[tile + 1] - first;
+    const TileFunction function = pick_tile<F>(source, vectors, pixels);
+    const std::int32_t* slots = p_.slots + tile * (1 + p_.w.slots);
+    const Window window(p_, slots, first, pixels);
+    const index_t frames = p_.t.begin[item_.t + 1] - p_.t.begin[item_.t];
+    const GroupedRow* rows = rows_;
+    for (index_t h = item_.row_begin; h < item_.row_end; ++h) {
+      const void* residual =
+          p_.residual.late ? row_of<const T>(p_.residual, item_.n, item_.t, h) : nullptr;
+      const index_t count = frames * (p_.h.begin[h + 1] - p_.h.begin[h]);
+      function({p_, spread_, slots, window, rows, static_cast<int>(count), first, vector,
+                row_of<T>(p_.target, item_.n, item_.t, h), residual});
+      rows += count;
     }
   }
 
-  int list_rows(index_t h, index_t vector) {
+  void list_rows(index_t vector) {
     const index_t row = p_.kernel_w * p_.lanes.units * kLanes;
     const Weight* weights =
         static_cast<const Weight*>(p_.packed) + vector * p_.kernel_t * p_.kernel_h * row;
-    const index_t channel = vector * p_.lanes.together * p_.lanes.reduce;
-    int count = 0;
-    for (index_t i = p_.t.begin[item_.t]; i < p_.t.begin[item_.t + 1]; ++i)
-      for (index_t j = p_.h.begin[h]; j < p_.h.begin[h + 1]; ++j) {
-        const TapSource in_t = p_.t.taps[i], in_h = p_.h.taps[j];
-        rows_[count++] = {row_of<const T>(p_.source, item_.n, in_t.source, in_h.source) + channel,
-                          weights + (in_t.tap * p_.kernel_h + in_h.tap) * row};
-      }
-    return count;
+    const index_t channel = p_.lanes.group(vector) * p_.lanes.reduce;
+    GroupedRow* to = rows_;
+    for (index_t h = item_.row_begin; h < item_.row_end; ++h)
+      for (index_t i = p_.t.begin[item_.t]; i < p_.t.begin[item_.t + 1]; ++i)
+        for (index_t j = p_.h.begin[h]; j < p_.h.begin[h + 1]; ++j) {
+          const TapSource in_t = p_.t.taps[i], in_h = p_.h.taps[j];
+          *to++ = {row_of<const T>(p_.source, item_.n, in_t.source, in_h.source) + channel,
+                   weights + (in_t.tap * p_.kernel_h + in_h.tap) * row};
+        }
   }
 
   const GroupedParams& p_;

@@ -24,24 +24,54 @@ namespace magvit_fast {
 namespace MF_ISA {
 namespace {
 
-// A row of dy, and the source row that a (kt, kh) meets; both at the first channel of a vector.
+// A row of dy, and the source row that a (kt, kh) meets, both at the first channel of a vector. Of
+// joined rows two each; null for a row of zeros.
+template <class T>
 struct Rows {
-  const void *dy, *source;
+  const T *dy[2], *source[2];
   index_t width;
   index_t vector;
   float* sums;  // [vector][tap][unit][lane], at the first tap of the row
 };
 
-template <class T, bool kSpread, int NV, int K>
+// Rows one by one.
+template <class Storage>
+struct Single : Widened<Storage> {
+  static constexpr index_t kRows = 1;
+  static vf join(const Storage* a, const Storage*) { return load(a); }
+  static vf join(const Storage* a, const Storage*, int n) { return load_lanes(a, n); }
+};
+
+#if defined(MF_ISA_avx512_bf16)
+// Two rows at a time: every lane holds a pixel of both, and a product adds up the two.
+struct Joined : Paired {
+  static constexpr index_t kRows = 2;
+  static vi bits(const bf16_t* p, int n) {
+    return p ? (vi)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)) : vi{};
+  }
+  static vi join(const bf16_t* a, const bf16_t* b) {
+    const vi low = a ? (vi)_mm512_cvtepu16_epi32(load_as<__m256i>(a)) : vi{};
+    return b ? low | ((vi)_mm512_cvtepu16_epi32(load_as<__m256i>(b)) << 16) : low;
+  }
+  static vi join(const bf16_t* a, const bf16_t* b, int n) {
+    return bits(a, n) | (bits(b, n) << 16);
+  }
+};
+#endif
+
+template <class P, GroupSource kSource, int NV, int K>
 struct Row {
+  typedef typename P::T T;
+  typedef typename P::Vector Vector;
+
   const GroupedGradParams& p;
   const Spread& spread;
-  const Rows& r;
+  const Rows<T>& r;
   index_t channels, source_channels;
   index_t vector_sums;  // floats
   int lanes[NV], sources[NV];
 
-  Row(const GroupedGradParams& params, const Spread& lane, const Rows& rows)
+  Row(const GroupedGradParams& params, const Spread& lane, const Rows<T>& rows)
       : p(params), spread(lane), r(rows) {
     const GroupLanes& l = p.lanes;
     channels = p.output.channels, source_channels = p.source.channels;
@@ -52,38 +82,43 @@ struct Row {
     }
   }
 
-  inline __attribute__((always_inline)) vf dy(index_t pixel, int j) const {
-    const T* row = static_cast<const T*>(r.dy) + j * p.lanes.together * p.lanes.produce;
-    return load_lanes(row + pixel * channels, lanes[j]);
+  static Vector join(const T* a, const T* b, int n) {
+    return kSource == GroupSource::pixel ? P::join(a, b) : P::join(a, b, n);
   }
-  inline __attribute__((always_inline)) vf source(std::int32_t column, int j) const {
-    const T* row = static_cast<const T*>(r.source) + j * p.lanes.together * p.lanes.reduce;
-    return load_lanes(row + column * source_channels, sources[j]);
+  static const T* at(const T* row, index_t offset) { return row ? row + offset : nullptr; }
+  inline __attribute__((always_inline)) Vector dy(index_t pixel, int j) const {
+    const index_t offset = pixel * channels + j * p.lanes.together * p.lanes.produce;
+    return join(at(r.dy[0], offset), at(r.dy[1], offset), lanes[j]);
   }
-  inline __attribute__((always_inline)) vf unit(vf v, int k) const {
-    return kSpread ? __builtin_shuffle(v, spread.lane[k]) : v;
+  inline __attribute__((always_inline)) Vector source(std::int32_t column, int j) const {
+    const index_t offset = column * source_channels + j * p.lanes.together * p.lanes.reduce;
+    return join(at(r.source[0], offset), at(r.source[1], offset), sources[j]);
+  }
+  inline __attribute__((always_inline)) Vector unit(Vector v, int k) const {
+    return kSource == GroupSource::spread ? P::spread(v, spread.lane[k]) : v;
   }
   inline __attribute__((always_inline)) void add(index_t tap, int j, int k, vf v) const {
     float* to = r.sums + j * vector_sums + (tap * K + k) * kLanes;
     store(to, load(to) + v);
   }
 
-  void add_window() const {
+  // Every step-th pixel from the first on, three neighbors of which meet each source pixel.
+  void add_window(index_t first, index_t step) const {
     vf acc[3][NV][K] = {};
-    vf last[NV] = {}, before[NV] = {};  // of dy
-    for (index_t q = 0; q < r.width + 2; ++q) {
+    Vector last[NV] = {}, before[NV] = {};  // of dy
+    for (index_t q = first; q < r.width + 2 * step; q += step) {
       const std::int32_t column = p.w_source[q];
       MF_UNROLL
       for (int j = 0; j < NV; ++j) {
-        const vf now = q < r.width ? dy(q, j) : vf{};
+        const Vector now = q < r.width ? dy(q, j) : Vector{};
         if (column >= 0) {
-          const vf pixel = source(column, j);
+          const Vector pixel = source(column, j);
           MF_UNROLL
           for (int k = 0; k < K; ++k) {
-            const vf x = unit(pixel, k);
-            acc[0][j][k] += x * now;
-            acc[1][j][k] += x * last[j];
-            acc[2][j][k] += x * before[j];
+            const Vector x = unit(pixel, k);
+            acc[0][j][k] = P::multiply_add(acc[0][j][k], x, now);
+            acc[1][j][k] = P::multiply_add(acc[1][j][k], x, last[j]);
+            acc[2][j][k] = P::multiply_add(acc[2][j][k], x, before[j]);
           }
         }
         before[j] = last[j], last[j] = now;
@@ -107,9 +142,9 @@ struct Row {
       if (column < 0) continue;
       MF_UNROLL
       for (int j = 0; j < NV; ++j) {
-        const vf pixel = source(column, j), now = dy(o, j);
+        const Vector pixel = source(column, j), now = dy(o, j);
         MF_UNROLL
-        for (int k = 0; k < K; ++k) acc[j][k] += unit(pixel, k) * now;
+        for (int k = 0; k < K; ++k) acc[j][k] = P::multiply_add(acc[j][k], unit(pixel, k), now);
       }
     }
     MF_UNROLL
@@ -120,15 +155,20 @@ struct Row {
   }
 };
 
-template <class T, bool kSpread, int NV, int K>
-void add_row(const GroupedGradParams& p, const Spread& spread, const Rows& rows) {
-  const Row<T, kSpread, NV, K> row(p, spread, rows);
-  if (p.kernel_w == 3 && p.stride_w == 1 && p.dilation_w == 1) return row.add_window();
+template <class P, GroupSource kSource, int NV, int K>
+void add_row(const GroupedGradParams& p, const Spread& spread, const Rows<typename P::T>& rows) {
+  const Row<P, kSource, NV, K> row(p, spread, rows);
+  if (p.kernel_w == 3 && p.stride_w == 1) {
+    for (index_t first = 0; first < p.dilation_w; ++first) row.add_window(first, p.dilation_w);
+    return;
+  }
   for (index_t tap = 0; tap < p.kernel_w; ++tap) row.add_tap(tap);
 }
 
-template <class T>
+template <class P>
 class Item {
+  typedef typename P::T T;
+
  public:
   Item(const GroupedGradParams& p, const GroupedGradItem& item, float* sums)
       : p_(p), item_(item), spread_(p.lanes), sums_(sums) {}
@@ -137,46 +177,58 @@ class Item {
     const index_t vectors = item_.vector_end - item_.vector_begin;
     const index_t size = p_.kernel_t * p_.kernel_h * p_.kernel_w * p_.lanes.units * kLanes;
     for (index_t i = 0; i < vectors * size; i += kLanes) store(sums_ + i, vf{});
-    const index_t most = p_.lanes.spread ? 1 : kVectors;
     for (index_t v = 0; v < vectors;) {
-      const index_t left = vectors - v, count = left >= most ? most : left >= 2 ? 2 : 1;
+      index_t count = 1;
+      GroupSource source = p_.lanes.source;
+      if (source == GroupSource::pixel) {
+        index_t whole = vectors - v;
+        if (p_.lanes.lanes(item_.vector_end - 1) < p_.lanes.width) --whole;
+        if (whole == 0) source = GroupSource::tail;
+        count = whole >= kVectors ? kVectors : whole >= 2 ? 2 : 1;
+      }
       for (index_t row = item_.row_begin; row < item_.row_end; ++row)
-        add_taps(row, item_.vector_begin + v, count, sums_ + v * size);
+        add_taps(source, row, item_.vector_begin + v, count, sums_ + v * size);
       v += count;
     }
   }
 
  private:
-  // The taps of every (kt, kh) for a row of dy.
-  void add_taps(index_t row, index_t vector, index_t count, float* sums) {
-    const index_t height = p_.output.height,
-                  frames = p_.output.early_frames + p_.output.late_frames;
-    const index_t h = row % height, t = row / height % frames, n = row / height / frames;
+  // The taps of every (kt, kh) for a row of dy, or two.
+  void add_taps(GroupSource kind, index_t row, index_t vector, index_t count, float* sums) {
+    const index_t height = p_.output.height, lines = ceil_div(height, P::kRows);
+    const index_t frames = p_.output.early_frames + p_.output.late_frames;
+    const index_t h = row % lines * P::kRows, t = row / lines % frames, n = row / lines / frames;
     const GroupLanes& l = p_.lanes;
-    const T* dy = row_of<const T>(p_.output, n, t, h) + vector * l.together * l.produce;
-    for (index_t kt = 0; kt < p_.kernel_t; ++kt)
-      for (index_t kh = 0; kh < p_.kernel_h; ++kh) {
-        float* to = sums + (kt * p_.kernel_h + kh) * p_.kernel_w * l.units * kLanes;
-        const std::int32_t in_t = p_.t_source[kt * frames + t];
-        const std::int32_t in_h = p_.h_source[kh * height + h];
-        if (in_t < 0 || in_h < 0) continue;
-        const T* source =
-            row_of<const T>(p_.source, n, in_t, in_h) + vector * l.together * l.reduce;
-        add(count, {dy, source, p_.output.width, vector, to});
+    const index_t out = l.channel(vector), in = l.group(vector) * l.reduce;
+    Rows<T> rows{{}, {}, p_.output.width, vector, nullptr};
+    for (index_t i = 0; i < P::kRows && h + i < height; ++i)
+      rows.dy[i] = row_of<const T>(p_.output, n, t, h + i) + out;
+    for (index_t kt = 0; kt < p_.kernel_t; ++kt) {
+      const std::int32_t frame = p_.t_source[kt * frames + t];
+      for (index_t kh = 0; kh < p_.kernel_h && frame >= 0; ++kh) {
+        for (index_t i = 0; i < P::kRows; ++i) {
+          const std::int32_t line = h + i < height ? p_.h_source[kh * height + h + i] : -1;
+          rows.source[i] = line < 0 ? nullptr : row_of<const T>(p_.source, n, frame, line) + in;
+        }
+        if (!rows.source[0] && !rows.source[1]) continue;
+        rows.sums = sums + (kt * p_.kernel_h + kh) * p_.kernel_w * l.units * kLanes;
+        add(kind, count, rows);
       }
+    }
   }
 
   template <int K>
-  void add_spread(const Rows& rows) {
-    add_row<T, true, 1, K>(p_, spread_, rows);
+  void add_spread(const Rows<T>& rows) {
+    add_row<P, GroupSource::spread, 1, K>(p_, spread_, rows);
   }
 
-  void add(index_t count, const Rows& rows) {
-    if (!p_.lanes.spread) {
+  void add(GroupSource source, index_t count, const Rows<T>& rows) {
+    if (source == GroupSource::tail) return add_row<P, GroupSource::tail, 1, 1>(p_, spread_, rows);
+    if (source == GroupSource::pixel) {
       if constexpr (kVectors >= 4)
-        if (count == 4) return add_row<T, false, 4, 1>(p_, spread_, rows);
-      return count == 2 ? add_row<T, false, 2, 1>(p_, spread_, rows)
-                        : add_row<T, false, 1, 1>(p_, spread_, rows);
+        if (count == 4) return add_row<P, GroupSource::pixel, 4, 1>(p_, spread_, rows);
+      return count == 2 ? add_row<P, GroupSource::pixel, 2, 1>(p_, spread_, rows)
+                        : add_row<P, GroupSource::pixel, 1, 1>(p_, spread_, rows);
     }
     static_assert(kMaxUnits == 8, "one case a number of units");
     switch (p_.lanes.units) {
@@ -215,11 +267,15 @@ void conv3d_grouped_weight_grad(const GroupedGradParams& params, const GroupedGr
                                 float* sums) {
   switch (params.type) {
     case DType::f32:
-      return Item<float>(params, item, sums).run();
+      return Item<Single<float>>(params, item, sums).run();
     case DType::bf16:
-      return Item<bf16_t>(params, item, sums).run();
+#if defined(MF_ISA_avx512_bf16)
+      return Item<Joined>(params, item, sums).run();
+#else
+      return Item<Single<bf16_t>>(params, item, sums).run();
+#endif
     case DType::f16:
-      return Item<f16_t>(params, item, sums).run();
+      return Item<Single<f16_t>>(params, item, sums).run();
   }
 }
 

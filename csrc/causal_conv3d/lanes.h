@@ -3,6 +3,8 @@
 // Next hop: common/simd.h.
 #pragma once
 
+#include <type_traits>
+
 #include "causal_conv3d/grouped.h"
 #include "common/simd.h"
 
@@ -20,11 +22,21 @@ inline vf load_lanes(const T* p, int n) {
 #endif
 }
 
+// A value that several products use: the compiler would rather read it from memory for each.
+template <class V>
+inline V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Which unit of the vector's pixels stands at each lane, for the k-th unit of its group.
 struct Spread {
   vi lane[kMaxUnits];
 
   explicit Spread(const GroupLanes& l) {
+    if (l.source != GroupSource::spread) return;
     for (index_t k = 0; k < l.units; ++k)
       for (index_t i = 0; i < kLanes; ++i) {
         const index_t group = i / l.produce < l.together ? i / l.produce : 0;
@@ -40,7 +52,10 @@ struct Widened {
   typedef float Weight;
   typedef vf Vector;
   static constexpr bool kChained = true;  // long sums in short chains
+  static constexpr bool kBroadcasts = std::is_same_v<T, float>;
+  static Vector source(const T* p) { return load(p); }
   static Vector source(const T* p, int units) { return load_lanes(p, units); }
+  static Vector broadcast(const T* p, index_t unit) { return splat(p[unit]); }
   static Vector weights(const Weight* p) { return load(p); }
   static Vector spread(Vector v, vi lanes) { return __builtin_shuffle(v, lanes); }
   static vf multiply_add(vf sum, Vector a, Vector b) { return sum + a * b; }
@@ -52,10 +67,15 @@ struct Paired {
   typedef bf16_t T;
   typedef std::uint32_t Weight;
   typedef vi Vector;
+  static constexpr bool kBroadcasts = true;
   static constexpr bool kChained = false;  // the rounding of the result is far coarser
+  static Vector source(const T* p) { return load_as<vi>(p); }
   static Vector source(const T* p, int units) {
     will_load(p, 2 * units);
     return (vi)_mm512_maskz_loadu_epi32(first_lanes(units), p);
+  }
+  static Vector broadcast(const T* p, index_t unit) {
+    return (vi)_mm512_set1_epi32(load_as<std::int32_t>(p + 2 * unit));
   }
   static Vector weights(const Weight* p) { return load_as<vi>(p); }
   static Vector spread(Vector v, vi lanes) { return __builtin_shuffle(v, lanes); }

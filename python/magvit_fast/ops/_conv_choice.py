@@ -19,12 +19,14 @@ _WIDE_GROUP = {(True, True): 16, (True, False): 32, (False, True): 64, (False, F
 
 
 def _groups_are_faster(
-    weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+    weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int, gradients: bool
 ) -> bool:
     """Several groups in a register, or groups wide enough, by Winograd's algorithm earlier."""
     channels = (weight.shape[1], weight.shape[0] // groups)
     if 2 * max(channels) <= _LANES[_native.ISA_LEVELS[_native.isa()]]:
-        return True
+        # Forward alone oneDNN is ahead where little is computed for what is read.
+        depthwise = weight.dtype == torch.bfloat16 and max(channels) == 1
+        return gradients or not (depthwise or max(stride) > 1)
     winograd = weight.shape[3:] == (3, 3) and max(*stride, *dilation) == 1
     return min(channels) >= _WIDE_GROUP[winograd, weight.dtype == torch.float32]
 
@@ -40,4 +42,5 @@ def torch_is_faster(
         return False
     if x.dtype == torch.bfloat16 and _native.isa() < _native.ISA_LEVELS.index("avx512_bf16"):
         return False  # oneDNN widens there, too
-    return groups > 1 and not _groups_are_faster(weight, stride, dilation, groups)
+    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return groups > 1 and not _groups_are_faster(weight, stride, dilation, groups, gradients)
