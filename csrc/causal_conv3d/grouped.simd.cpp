@@ -12,11 +12,23 @@
 // Ladder: 64 channels, 3x3x3, 17x32x32, one core of Zen 4, kernel alone, in cycles a product of 16
 // lanes (a product instruction of bfloat16 has two of them). Floor 1.0 (bfloat16 in pairs: 0.5).
 //
-//   channels a group                      1      2      4      8
-//   v0  the gather engine, float32       93     38     13      4.4
-//       bfloat16                         61     16      8      2.1
-//   v1  this one, float32                 1.9    2.6    2.4    1.6
-//       bfloat16                          1.8    1.3    0.90   0.73
+//   channels a group                      1      2      4      8   8, dilation 2   16, dilation 2
+//   v0  the gather engine, float32       93     38     13      4.4        -             1.7
+//       bfloat16                         61     16      8      2.1        -             0.65
+//   v1  groups side by side, float32      1.9    2.6    2.4    1.6       2.0
+//       bfloat16                          1.8    1.3    0.90   0.73      1.0
+//   v2  a tile's columns in all rows of an item: source rows stay in L1; columns that dilated taps
+//       read are neighbors in the order of targets, so they have windows, too; windows computed
+//       once a tile; one group a vector by broadcast
+//       float32                           1.8           1.3    1.2       1.25           1.4 to 1.6
+//       bfloat16                          2.1           0.82   0.68      0.65           0.65
+//
+// A permutation takes a slot of the products: 8 beside 18 products would make 1.44. Tried: 8
+// channels through vectors of 8 lanes whose loads broadcast, with no permutation: 2.1 to 2.9, two
+// loads a product because 16 pointers do not fit the registers. Left to the compiler, a source
+// vector of depthwise convolutions is read from memory once for each of its three products
+// (in_register keeps it: 2.5 to 1.8). What is left there is pointers: about 60 instructions that
+// are no products beside 72 that are.
 #include "causal_conv3d/grouped.h"
 
 #include "causal_conv3d/lanes.h"

@@ -8,13 +8,15 @@
 // stay in registers; elsewhere taps are summed one by one. A row is a chain of its own, so float32
 // errors do not grow with the number of all pixels.
 //
-// Ladder: as in grouped.simd.cpp; 16-bit types are widened, so their floor is 1.0, too.
+// Ladder: as in grouped.simd.cpp.
 //
 //   channels a group                      1      2      4      8
 //   v0  packed lines, float32           112     24      9.5    3.6
 //       bfloat16                         60     14      4.7    1.9
 //   v1  this one, float32                 2.9    2.6    2.1    1.8
-//       bfloat16                          2.7    1.9    1.8    1.6
+//       bfloat16, widened                 2.7    1.9    1.8    1.6
+//   v2  whole vectors without masks       2.1           1.6    1.5
+//       bfloat16 by pairs of rows         1.6           1.0    0.90
 #include "causal_conv3d/grouped.h"
 #include "causal_conv3d/lanes.h"
 #include "causal_conv3d/tile.h"
