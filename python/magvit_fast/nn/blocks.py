@@ -42,6 +42,11 @@ class ResBlock3d(nn.Module):
             else None
         )
 
+    @property
+    def first_norm(self) -> nn.Module:
+        """The norm that reads the block's input."""
+        return self.norm1
+
     def forward(
         self,
         x: Tensor,
@@ -74,13 +79,13 @@ def run_blocks(
     state: StreamState | None,
     following: FollowingNorm | None = None,
 ) -> Tensor:
-    """Residual blocks one after another, each leaving the next one's norm what it can."""
+    """Blocks (residual, attention) one after another, each leaving the next one's norm what it can."""
     chain = list(blocks)
     statistics: Tensor | None = None
     for i, block in enumerate(chain):
         after = following
         if i + 1 < len(chain):
-            norm = chain[i + 1].norm1
+            norm = chain[i + 1].first_norm
             assert isinstance(norm, GroupNormSiLU)
             after = FollowingNorm(norm)
         x = block(x, state, statistics, after)
@@ -96,9 +101,24 @@ class FrameAttention(nn.Module):
         self.norm = GroupNormSiLU(channels, groups=norm_groups, activation=None)
         self.attention = SelfAttention(channels, 1)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """x [B, C, T, H, W] -> the same shape. Frames do not see each other: `state` plays no part."""
+    @property
+    def first_norm(self) -> GroupNormSiLU:
+        """The norm that reads the block's input."""
+        return self.norm
+
+    def forward(
+        self,
+        x: Tensor,
+        state: StreamState | None = None,
+        statistics: Tensor | None = None,
+        following: FollowingNorm | None = None,
+    ) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape; `statistics` are those of x, where there are any.
+
+        Frames do not see each other: `state` plays no part. No convolution makes the result, so
+        that `following` gets nothing.
+        """
         b, c, t, h, w = x.shape
-        frames = self.norm(x).permute(0, 2, 3, 4, 1).reshape(b * t, h * w, c)
+        frames = self.norm(x, statistics).permute(0, 2, 3, 4, 1).reshape(b * t, h * w, c)
         y: Tensor = self.attention(frames)
         return x + y.view(b, t, h, w, c).permute(0, 4, 1, 2, 3)
