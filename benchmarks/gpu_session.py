@@ -244,7 +244,6 @@ def compiled(
     deadline: float, only: str | None, seconds: float, rows_out: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """torch.compile's way of the rows that have one, added to what bench found of them."""
-    sys.path.insert(0, str(ROOT / "python"))
     wanted = [r for r in gpu_rows.all_rows() if not only or re.search(only, r.name)]
     found = gpu_compiled.measure(gpu_rows.compiled_rows(wanted), deadline, seconds)
     results = {result["row"]: result for result in rows_out}
@@ -285,8 +284,8 @@ def main() -> int:
     )
     parser.add_argument("--skip", nargs="*", default=[], choices=STAGES, help="stages to leave out")
     args = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "python"))  # the sources and, once built, their cores
     if args.dry_run:
-        sys.path.insert(0, str(ROOT / "python"))
         rows = [r for r in gpu_rows.all_rows() if not args.only or re.search(args.only, r.name)]
         for row in rows:
             own = [*(["ours"] if row.ours else []), *([SM90A] if row.sm90a else [])]
