@@ -1,4 +1,4 @@
-"""A stage or a row of `make gpu` that hangs, dies or loses the device costs itself, not the session."""
+"""A stage or a row of `make gpu` that hangs, dies or loses the device costs itself, not the rest."""
 
 from __future__ import annotations
 

@@ -35,13 +35,18 @@ class _Conv3d(nn.Module):
         """convolve(x, weight, bias, ...) with the layer's geometry."""
         raise NotImplementedError
 
-    def _convolved(
+    def forward(
         self,
         x: Tensor,
-        state: StreamState | None,
-        residual: Tensor | None,
-        following: FollowingNorm | None,
+        state: StreamState | None = None,
+        residual: Tensor | None = None,
+        following: FollowingNorm | None = None,
     ) -> Tensor:
+        """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
+
+        `residual`, of the result's shape, is added to it; `following` gets statistics of the result
+        where they save that norm a pass. With `state` the frames continue a stream.
+        """
         if following is None:
             y: Tensor = self._through(ops.causal_conv3d, x, state, residual)
             return y
@@ -73,7 +78,8 @@ class CausalConv3d(_Conv3d):
 
     Time is padded in front only, by kernel - 1 frames; space by (k - 1) // 2 before and k // 2
     after; border values are repeated ("replicate", as in Google's port) unless told otherwise.
-    Output length is ceil(n / stride) on every axis.
+    Output length is ceil(n / stride) on every axis. Of a stream the first chunk has 1 (mod s_t)
+    frames, later ones a multiple of s_t.
 
     Args:
         in_channels, out_channels: widths.
@@ -115,23 +121,6 @@ class CausalConv3d(_Conv3d):
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        state: StreamState | None = None,
-        residual: Tensor | None = None,
-        following: FollowingNorm | None = None,
-    ) -> Tensor:
-        """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
-
-        `residual`, of the result's shape, is added to it; `following` gets statistics of the result
-        where they save that norm a pass.
-
-        With `state` the frames continue a stream: the first chunk has 1 (mod s_t) frames, later
-        ones a multiple of s_t.
-        """
-        return self._convolved(x, state, residual, following)
 
     def _through(
         self,
@@ -188,7 +177,8 @@ class SameConv3d(_Conv3d):
     With pad_mode "zeros" the padding is TensorFlow's SAME rule, which depends on the length of the
     axis where the stride is above one; with the other modes it is (k - 1) // 2 before and k // 2
     after. Both give ceil(n / stride) outputs for odd kernels of stride 1 or even ones of
-    stride 2.
+    stride 2. A stream can pass only where every frame is seen by itself: one tap in time; with more,
+    a `state` raises NotImplementedError.
 
     Args:
         in_channels, out_channels: widths.
@@ -232,25 +222,6 @@ class SameConv3d(_Conv3d):
             nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        state: StreamState | None = None,
-        residual: Tensor | None = None,
-        following: FollowingNorm | None = None,
-    ) -> Tensor:
-        """x [B, C_in, T, H, W] -> [B, C_out, ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)].
-
-        `residual`, of the result's shape, is added to it; `following` gets statistics of the result
-        where they save that norm a pass.
-
-        A stream can pass only where every frame is seen by itself: one tap in time.
-
-        Raises:
-            NotImplementedError: `state` is given to a layer that looks ahead in time.
-        """
-        return self._convolved(x, state, residual, following)
 
     def _through(
         self,
