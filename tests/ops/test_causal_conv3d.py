@@ -234,6 +234,14 @@ def test_strides_of_any_kind(kind) -> None:
     assert_within_budget(y, plain, exact)
 
 
+@pytest.mark.parametrize("size", [[3, 5, 5], [3, 16, 16]], ids=["direct", "winograd"])
+def test_a_bias_of_any_strides(size) -> None:
+    x, weight = torch.randn(1, 16, *size), torch.randn(24, 16, 3, 3, 3) / 20
+    for bias in (torch.randn(24, 2)[:, 0], torch.randn(1).expand(24), torch.randn(48)[1::2]):
+        y = ops.causal_conv3d(x, weight, bias, impl="native")
+        assert_equal(y, ops.causal_conv3d(x, weight, bias.clone().contiguous(), impl="native"))
+
+
 def test_memory_format_of_the_result() -> None:
     x, weight = torch.randn(2, 6, 3, 5, 5, requires_grad=True), torch.randn(8, 6, 3, 3, 3)
     assert ops.causal_conv3d(x, weight, impl="native").is_contiguous()
@@ -292,9 +300,10 @@ def test_opcheck(layout) -> None:
     library = torch.ops.magvit_fast
     y = library.causal_conv3d(x, history, weight, bias, None, *_geometry())
     last = layout == torch.channels_last_3d
-    torch.library.opcheck(
-        library.causal_conv3d.default, (x, history, weight, bias, None, *_geometry())
-    )
+    for one in (bias, bias[:1].expand(6)):
+        torch.library.opcheck(
+            library.causal_conv3d.default, (x, history, weight, one, None, *_geometry())
+        )
     torch.library.opcheck(
         library.causal_conv3d_input_grad.default, (y, weight, list(x.shape), 1, last, *_geometry())
     )

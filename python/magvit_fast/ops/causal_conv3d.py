@@ -217,8 +217,8 @@ def operands(
     source, earlier, added = (
         None if v is None else channels_last(v) for v in (x, history, residual)
     )
-    beside = [source, earlier, bias, added]
-    packed = _packed_weights.of_conv(weight, numbers, True, beside)
+    bias = None if bias is None else bias.contiguous()
+    packed = _packed_weights.of_conv(weight, numbers, True, [source, earlier, bias, added])
     return [source, earlier, packed, bias, added], numbers
 
 
