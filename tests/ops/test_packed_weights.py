@@ -132,6 +132,15 @@ def test_levels_do_not_share_forms() -> None:
                 assert_equal(_conv(weight), _fresh(weight))
 
 
+def test_groups_do_not_share_forms() -> None:
+    weight = torch.randn(144, 64, 1, 1, 1)
+    whole, halves = torch.randn(1, 64, 2, 4, 4), torch.randn(1, 128, 2, 4, 4)
+    for _ in range(3):
+        assert_equal(_conv(weight, whole), _conv(weight.clone(), whole))
+        y = ops.causal_conv3d(halves, weight, groups=2, impl="native")
+        assert_equal(y, ops.causal_conv3d(halves, weight.clone(), groups=2, impl="native"))
+
+
 def test_views_and_inference_tensors() -> None:
     whole = torch.randn(24, 32, 3, 3, 3) / 20
     view = whole[:, :16]

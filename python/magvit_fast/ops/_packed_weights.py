@@ -122,6 +122,7 @@ def of_conv(
     nbytes, kind = core.causal_conv3d_packing(numbers, forward, where, how)
     if not nbytes:  # the engine wants them plain
         return weight.contiguous()
+    kind = (kind, numbers[3], nbytes)  # groups: one tensor may serve several numbers of them
 
     def pack(form: Tensor) -> None:
         plain = weight.contiguous()
