@@ -193,6 +193,38 @@ def test_second_derivatives(impl: str) -> None:
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_operands_that_depend_on_each_other(impl: str) -> None:
+    """A gradient to be differentiated again is the same gradient: nothing is counted twice."""
+    leaf, weight = torch.randn(1, 8, 2, 3, 4, requires_grad=True), torch.randn(8)
+    weight.requires_grad_()
+    calls: list[dict[str, Tensor]] = [
+        {"scale": 0.1 * leaf, "shift": torch.sin(leaf)},
+        {"scale": leaf, "shift": leaf},
+        {"scale": leaf, "weight": weight, "bias": weight},
+    ]
+    for options in calls:
+        y = mf.group_norm_silu(leaf, 2, **options, impl=impl)
+        dy = torch.randn_like(y)
+        plain = torch.autograd.grad(y, (leaf, weight), dy, retain_graph=True, allow_unused=True)
+        again = torch.autograd.grad(y, (leaf, weight), dy, create_graph=True, allow_unused=True)
+        for value, expected in zip(again, plain, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_any_strides() -> None:
+    x, dy = torch.randn(2, 8, 3, 4, 5, requires_grad=True), torch.randn(2, 8, 3, 4, 5)
+    _, dense = torch.ops.magvit_fast.group_norm_silu(
+        x.detach(), None, None, None, None, 1e-6, [1, 1, 1], 2, True, True
+    )
+    results = []
+    for stats in (dense, dense.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        y = mf.group_norm_silu(x, 2, statistics=stats, impl="native")
+        results.append((y, *torch.autograd.grad(y, x, dy)))
+    for value, expected in zip(*results, strict=True):
+        assert_equal(value, expected)
+
+
 def test_gradcheck_of_the_reference() -> None:
     x = torch.randn(1, 4, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))

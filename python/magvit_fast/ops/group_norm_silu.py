@@ -311,6 +311,7 @@ def _launch_backward(
     core, *where = _native.launcher(x.device)
     planes = _takes_planes(x, core, scale, shift)
     source, upstream = _dense(x, planes), _dense(dy.to(x.dtype), planes)
+    ready = stats.contiguous()
     dx = _native.in_huge_pages(torch.empty_like(source))
     dweight, dbias = x.new_zeros((2, x.shape[1]), dtype=torch.float32).unbind()
     maps = [_empty_map(x, v) for v in (scale, shift)]
@@ -324,7 +325,7 @@ def _launch_backward(
         size = (b, t, -(-h // cell[1]), -(-w // cell[2]), c) if adaptive else (0,)
         by_cell = [x.new_empty(size, dtype=torch.float32) for _ in maps]
         core.group_norm_silu_backward(
-            call.numbers, upstream.data_ptr(), stats.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
+            call.numbers, upstream.data_ptr(), ready.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
             dbias.data_ptr(), by_cell[0].data_ptr(), by_cell[1].data_ptr(), call.space.data_ptr(),
             *where,
         )  # fmt: skip
@@ -395,13 +396,16 @@ class _GroupNormSiLU(torch.autograd.Function):
 def _differentiable_grads(
     operands: Sequence[Any], needed: Sequence[bool], dy: Tensor, ctx: Any
 ) -> list[Tensor | None]:
-    x, weight, bias, scale, shift = operands
+    # Views: an operand may be made of another or be the same tensor, and its gradient is that of its
+    # own place alone; autograd adds up the rest.
+    views: list[Any] = [None if v is None else v.view_as(v) for v in operands]
+    x, weight, bias, scale, shift = views
     y = reference(x, weight, bias, scale, shift, ctx.eps, ctx.settings)
-    wanted = [v for v, need in zip(operands, needed, strict=True) if v is not None and need]
+    wanted = [v for v, need in zip(views, needed, strict=True) if v is not None and need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [
         next(found) if v is not None and need else None
-        for v, need in zip(operands, needed, strict=True)
+        for v, need in zip(views, needed, strict=True)
     ]
 
 
