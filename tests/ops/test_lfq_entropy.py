@@ -248,8 +248,14 @@ def test_memory_of_18_bits_is_small() -> None:
 # ---- torch's machinery -----------------------------------------------------------------------
 def test_opcheck() -> None:
     ops = torch.ops.magvit_fast
-    z, mask = torch.randn(4, 3, 5).permute(0, 2, 1), torch.rand(4, 3) < 0.5
-    for m in (None, mask):
+    last = torch.randn(2, 5, 3, 2, 4).contiguous(memory_format=torch.channels_last_3d)
+    inputs = (
+        (torch.randn(4, 3, 5).permute(0, 2, 1), None),
+        (torch.randn(4, 3, 5).permute(0, 2, 1), torch.rand(4, 3) < 0.5),
+        (torch.randn(2, 5, 3, 4).transpose(2, 3), None),  # positions are no one stride apart
+        (last[:, :, 1:], None),  # not dense
+    )
+    for z, m in inputs:
         torch.library.opcheck(ops.lfq_entropy_sums.default, (z, m, 1, 4.0))
         probs, stats = ops.lfq_entropy_sums(z, m, 1, 4.0)
         torch.library.opcheck(ops.lfq_entropy_codebook.default, (probs, stats, 0.0, False))

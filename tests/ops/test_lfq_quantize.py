@@ -81,6 +81,7 @@ def test_zero_size() -> None:
         assert quantized.shape == (0, 18, 5, 4, 4)
         assert indices.shape == (0, 5, 4, 4)
         assert indices.dtype == torch.int64
+        assert mf.lfq_quantize(torch.empty(0, 5, 18), channel_dim=-1, impl=impl)[1].numel() == 0
 
 
 def test_float64_goes_through_the_reference() -> None:
@@ -119,8 +120,18 @@ def test_codes_undo_quantize(bits: int, positions: int, seed: int, msb: bool) ->
 
 def test_opcheck() -> None:
     op = torch.ops.magvit_fast.lfq_quantize.default
-    for z in (torch.randn(2, 5, 3), torch.randn(3, 2, 5).permute(1, 2, 0), torch.empty(0, 5, 3)):
+    last = torch.randn(2, 5, 3, 2, 4).contiguous(memory_format=torch.channels_last_3d)
+    inputs = (
+        torch.randn(2, 5, 3),
+        torch.randn(3, 2, 5).permute(1, 2, 0),
+        torch.empty(0, 5, 3),
+        torch.randn(2, 5, 3, 4).transpose(2, 3),  # dense, but its positions are no one stride apart
+        last[:, :, 1:],  # not dense
+    )
+    for z in inputs:
         torch.library.opcheck(op, (z, 1, False))
+        assert op(z, 1, False)[0].stride() == torch.empty_like(z).stride()
+        assert_equal(op(z, 1, False)[1], mf.lfq_quantize(z, impl="reference")[1])
 
 
 def test_compiles_whole() -> None:

@@ -42,6 +42,23 @@ def block_of(x: Tensor, axis: int) -> Block | None:
     return Block(outer, x.shape[axis], inner, outer_stride, x.stride(axis), inner_stride)
 
 
+def walked_alike(z: Tensor, result: Tensor, axis: int) -> tuple[Tensor, Tensor, Block]:
+    """z, and what a kernel writes that walks both as one block in memory.
+
+    `result` is empty_like(z), whose strides a fake kernel can tell; it is what the kernel writes
+    wherever they make a block.
+    """
+    if result.stride() != z.stride():  # z is not dense, the result is
+        z = torch.empty_like(z).copy_(z)
+    block = block_of(z, axis)
+    if block is not None:
+        return z, result, block
+    z = z.contiguous()
+    block = block_of(z, axis)
+    assert block is not None  # a contiguous tensor always has one
+    return z, torch.empty_like(z), block
+
+
 def without_axis(x: Tensor, axis: int) -> list[int]:
     return [n for a, n in enumerate(x.shape) if a != axis]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magvit_fast import _native
 from magvit_fast.ops import _checks, _precision
-from magvit_fast.ops._layout import block_of, without_axis
+from magvit_fast.ops._layout import block_of, walked_alike, without_axis
 from magvit_fast.ops._sync import all_reduced, is_distributed, sum_over_processes
 
 # --- contract ---------------------------------------------------------------------------------
@@ -180,11 +180,8 @@ def _launch_backward(
     grad_sample: Tensor, grad_codebook: Tensor, eps: float, clamp: bool,
 ) -> Tensor:  # fmt: skip
     grad_z = torch.empty_like(z)
-    if grad_z.stride() != z.stride() or block_of(z, channel_dim) is None:
-        z = z.contiguous()  # the kernel walks z and its gradient alike
-        grad_z = torch.empty_like(z)
-    block = block_of(z, channel_dim)
-    assert block is not None
+    source, written, block = walked_alike(z, grad_z, channel_dim)
+    probs, stats = probs.contiguous(), stats.contiguous()
     mask = None if mask is None else mask.contiguous()
     # Named, so that the memory outlives the call.
     of_sample, of_codebook = grad_sample.float().contiguous(), grad_codebook.float().contiguous()
@@ -192,13 +189,13 @@ def _launch_backward(
     _native.trace("lfq_entropy_backward", shape=tuple(z.shape), dtype=z.dtype, device=z.device)
     core, where, how = _native.launcher(z.device)
     core.lfq_entropy_backward(
-        z.data_ptr(), 0 if mask is None else mask.data_ptr(), *block, _native.dtype_code(z.dtype),
-        scale, probs.data_ptr(), stats.data_ptr(), of_sample.data_ptr(), of_codebook.data_ptr(),
-        grad_z.data_ptr(), workspace.data_ptr(), eps, clamp, _precision.full_matmul_on_cuda(),
-        where, how,
+        source.data_ptr(), 0 if mask is None else mask.data_ptr(), *block,
+        _native.dtype_code(z.dtype), scale, probs.data_ptr(), stats.data_ptr(),
+        of_sample.data_ptr(), of_codebook.data_ptr(), written.data_ptr(), workspace.data_ptr(),
+        eps, clamp, _precision.full_matmul_on_cuda(), where, how,
     )  # fmt: skip
     _native.finish(z.device)
-    return grad_z
+    return grad_z if written is grad_z else grad_z.copy_(written)
 
 
 for _device in ("CPU", "CUDA"):

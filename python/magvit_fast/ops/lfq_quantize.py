@@ -12,7 +12,7 @@ from torch import Tensor
 
 from magvit_fast import _native
 from magvit_fast.ops import _checks
-from magvit_fast.ops._layout import block_of, without_axis
+from magvit_fast.ops._layout import walked_alike, without_axis
 
 # --- contract ---------------------------------------------------------------------------------
 # z [..., D at channel_dim, ...] -> quantized, shape, dtype and strides of z, in {-1, +1};
@@ -49,24 +49,17 @@ torch.library.register_fake("magvit_fast::lfq_quantize", _fake, lib=_native.LIB)
 
 # --- launch -----------------------------------------------------------------------------------
 def _launch(z: Tensor, channel_dim: int, msb_first: bool) -> tuple[Tensor, Tensor]:
-    layout = None
     quantized = torch.empty_like(z)
-    if quantized.stride() == z.stride():  # dense: the kernel walks z and quantized alike
-        layout = block_of(z, channel_dim)
-    if layout is None:
-        z = z.contiguous()
-        quantized = torch.empty_like(z)
-        layout = block_of(z, channel_dim)
-    assert layout is not None  # a contiguous tensor always has one
+    source, written, block = walked_alike(z, quantized, channel_dim)
     indices = z.new_empty(without_axis(z, channel_dim), dtype=torch.int64)
     _native.trace("lfq_quantize", shape=tuple(z.shape), dtype=z.dtype, device=z.device)
     core, where, how = _native.launcher(z.device)
     core.lfq_quantize_forward(
-        z.data_ptr(), quantized.data_ptr(), indices.data_ptr(), *layout,
+        source.data_ptr(), written.data_ptr(), indices.data_ptr(), *block,
         _native.dtype_code(z.dtype), msb_first, where, how,
     )  # fmt: skip
     _native.finish(z.device)
-    return quantized, indices
+    return quantized if written is quantized else quantized.copy_(written), indices
 
 
 _native.LIB.impl("lfq_quantize", _launch, "CPU")
