@@ -13,6 +13,7 @@ from tests.goldens import load_goldens
 from torch import Tensor
 
 import magvit_fast as mf
+from magvit_fast.ops._layout import block_of
 from magvit_fast.testing.budgets import assert_equal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -73,6 +74,14 @@ def test_any_axis_and_any_strides(impl: str, channel_dim: int) -> None:
         powers = 2 ** torch.arange(bits.shape[-1])
         assert_equal(indices, (bits * powers).sum(-1))
         assert_equal(quantized, torch.where(z > 0, 1.0, -1.0))
+
+
+def test_channels_at_the_end_run_along_the_positions() -> None:
+    """With a single position an outer index, vectors of channels would be out of the kernel's reach."""
+    z = torch.randn(2, 3, 18)
+    assert block_of(z, 2) == (1, 18, 6, 0, 1, 18)
+    assert block_of(z.transpose(0, 1), 2) is None
+    assert block_of(z[:, 0].T.contiguous().T, 1) == (1, 18, 2, 0, 2, 1)
 
 
 def test_zero_size() -> None:

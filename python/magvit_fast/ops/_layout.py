@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """The axes before the channel axis merged into `outer`, those after it into `inner`."""
+    """The axes before the channel axis merged into `outer`, those after it into `inner`.
+
+    Where there are none after it, those before it are `inner`: kernels run along that one.
+    """
 
     outer: int
     channels: int
@@ -39,6 +42,8 @@ def block_of(x: Tensor, axis: int) -> Block | None:
     if outer_stride is None or inner_stride is None:
         return None
     outer, inner = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
+    if inner == 1:
+        return Block(1, x.shape[axis], outer, 0, x.stride(axis), outer_stride)
     return Block(outer, x.shape[axis], inner, outer_stride, x.stride(axis), inner_stride)
 
 
