@@ -63,7 +63,7 @@ def save_checkpoint(
     """Write folder/step-XXXXXXXX; delete all but the `keep` newest. Called by every process."""
     # Collective where weights are sharded: every process takes part, the first one writes.
     model_state = whole_state(modules)
-    optimizer_state: Any = get_optimizer_state_dict(modules, optimizer, options=_WHOLE)
+    optimizer_state = _optimizer_state(modules, optimizer)
     path = folder / f"step-{step:08d}"
     if accelerator.is_main_process:
         scaler = accelerator.scaler
@@ -111,10 +111,38 @@ def load_checkpoint(
         ) from error
     _check_recipe(path, written, recipe)
     set_model_state_dict(modules, model_state, options=_WHOLE)
-    set_optimizer_state_dict(modules, optimizer, optimizer_state, options=_WHOLE)
+    _set_optimizer_state(modules, optimizer, optimizer_state)
     if accelerator.scaler is not None and facts["scaler"]:
         accelerator.scaler.load_state_dict(facts["scaler"])
     return step
+
+
+def _optimizer_state(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's whole state by the names of the parameters; empty before its first step."""
+    optimizer = _unwrapped(optimizer)
+    stepped = bool(optimizer.state)
+    state: dict[str, Any] = dict(get_optimizer_state_dict(modules, optimizer, options=_WHOLE))
+    if not stepped:  # torch has made one by a step of its own, which must not be counted
+        optimizer.state.clear()
+        state["state"] = {}
+    return state
+
+
+def _set_optimizer_state(
+    modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    optimizer = _unwrapped(optimizer)
+    if state["state"]:
+        set_optimizer_state_dict(modules, optimizer, state, options=_WHOLE)
+    else:  # written before the first step that was not skipped
+        optimizer.state.clear()
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Without Accelerate's wrapper. Torch makes a missing state by step() with gradients of zero; the
+    wrapper would ask the gradient scaler for that step, which has no scale before the first loss."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Tensor]:

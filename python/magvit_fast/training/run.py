@@ -192,7 +192,13 @@ class Run:
         stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()])
         means = self.accelerator.reduce(stacked, reduction="mean").tolist()
         scalars = dict(zip(values, means, strict=True))
-        bad = [name for name, value in scalars.items() if not math.isfinite(value)]
+        # A step that the gradient scaler skipped: infinite gradients are how it finds its scale.
+        skipped = self.accelerator.optimizer_step_was_skipped
+        bad = [
+            name
+            for name, value in scalars.items()
+            if not (math.isfinite(value) or (skipped and name.endswith("gradient_norm")))
+        ]
         if bad:
             raise MagvitFastError(
                 f"step {step}: {', '.join(bad)} is no longer finite; lower "
