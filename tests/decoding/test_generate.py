@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -112,6 +113,25 @@ def test_a_causal_tokenizer_sees_the_frames_of_the_condition_alone(
     region = chosen.token_mask(geometry).flatten()
     # a bit near zero may fall either way in another order of sums
     assert (shown[0][:, region] == whole[:, region]).float().mean() > 0.99
+
+
+def test_norms_over_the_clip_see_the_whole_condition_clip(
+    tokenizer: MagvitV2Tokenizer, transformer: MaskedTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training; and nothing behind the given frames."""
+    model = MagvitV2Tokenizer(dataclasses.replace(tokenizer.config, clip_norms=True))
+    model.load_state_dict(tokenizer.state_dict())
+    encoded: list[torch.Tensor] = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda video: encoded.append(video) or encode(video))
+    outs = [
+        mf.generate(model, transformer, task="frame_prediction", video=video, steps=2)
+        for video in (clip(), clip()[:, :, :5])
+    ]
+    assert torch.equal(*outs)
+    padded = TASKS["frame_prediction"].condition_video(clip(), clip_geometry(model, transformer))
+    assert len(encoded) == 2
+    assert all(torch.equal(video, padded) for video in encoded)
 
 
 def test_prompts_reach_the_transformer(tokenizer: MagvitV2Tokenizer) -> None:

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.tiny import SCENES, save_tokenizer, transformer_recipe, write_scene
+from tests.training.tiny import MODEL, SCENES, save_tokenizer, transformer_recipe, write_scene
 from torch import nn
 
 from magvit_fast.data.order import Draw
@@ -60,6 +60,19 @@ def test_condition_tokens_are_stored_where_they_differ(tmp_path, tokenizer):
     assert torch.equal(item["condition_ids.first2"], model.encode(repeated)[0])
 
 
+def test_norms_over_the_clip_make_condition_tokens_differ(tmp_path):
+    """Tokens of the true clip would tell of the future (Open-MAGVIT2's video tokenizers)."""
+    model = dataclasses.replace(MODEL, clip_norms=True)
+    folder = save_tokenizer(tmp_path / "tokenizer", model)
+    recipe = transformer_recipe(tmp_path, folder, steps=1)
+    train_transformer(recipe, progress=False)
+    item = TokenClips(tmp_path / "tokens")[Draw(0, 3)]
+    video = open_clips(recipe.data, 0)[Draw(0, 3)]["video"][None]
+    expected = MagvitV2Tokenizer.from_pretrained(folder).encode(video[:, :, [0, 1, 2, 2, 2]])[0]
+    assert torch.equal(item["condition_ids.first3"], expected)
+    assert not torch.equal(item["ids"][:2], expected[:2])
+
+
 def test_interrupted_tokenization_is_taken_up_again(tmp_path, tokenizer, monkeypatch):
     recipe = transformer_recipe(tmp_path, tokenizer, steps=1)
     encode, calls = MagvitV2Tokenizer.encode, []
@@ -98,6 +111,8 @@ def test_when_condition_tokens_differ(name, given, differs):
     geometry = ClipGeometry(17, 16, 16, (5, 4, 4), causal=True)
     (task,) = tasks_of(TaskConfig(name=name, given_frames=given))
     assert condition_differs(task, geometry) is differs
+    ahead = dataclasses.replace(geometry, looks_ahead=True)
+    assert condition_differs(task, ahead) is task.has_condition
 
 
 def trainer(tmp_path, tokenizer, *, ids=None, classes=0, **changes):

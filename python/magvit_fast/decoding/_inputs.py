@@ -19,7 +19,8 @@ class Tokenizer(Protocol):
     """What generation needs of a video tokenizer (MagvitV2Tokenizer has it).
 
     config.num_bits: bits of an id; config.time_stride, config.space_stride: frames and pixels per
-    slot. A tokenizer is causal (1 + s*k frames) unless config.causal says otherwise.
+    slot. A tokenizer is causal (1 + s*k frames) unless config.causal says otherwise,
+    and its tokens see no later frames unless config.streams is False.
     """
 
     config: Any

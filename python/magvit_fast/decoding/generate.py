@@ -53,8 +53,8 @@ def clip_geometry(
     slots, rows, columns = ours.grid
     causal = getattr(theirs, "causal", True)
     frames = 1 + (slots - 1) * theirs.time_stride if causal else slots * theirs.time_stride
-    stride = theirs.space_stride
-    return ClipGeometry(frames, rows * stride, columns * stride, ours.grid, causal)
+    ahead, stride = causal and not getattr(theirs, "streams", True), theirs.space_stride
+    return ClipGeometry(frames, rows * stride, columns * stride, ours.grid, causal, ahead)
 
 
 def generate(
@@ -332,10 +332,10 @@ def _tokens_of(
     """int64 [B, N], true inside the region bool [N]; what is behind its last slot may be zeros.
 
     A causal tokenizer is not shown the frames behind that slot: 5 of 17 for MAGVIT-v2's frame
-    prediction.
+    prediction. One whose norms span the clip sees the whole condition clip, as in training.
     """
     slots = geometry.grid[0]
-    if geometry.causal and bool(region.any()):
+    if geometry.causal and not geometry.looks_ahead and bool(region.any()):
         slots = 1 + int(region.view(slots, -1).any(1).nonzero()[-1])
         stride = (geometry.frames - 1) // max(1, geometry.grid[0] - 1)
         clip = clip[:, :, : 1 + (slots - 1) * stride]

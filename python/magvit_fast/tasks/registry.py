@@ -25,6 +25,8 @@ class ClipGeometry:
     causal: slot 0 holds the first frame alone and slot s the s-th group of `temporal stride` frames
     after it (MAGVIT-v2: 17 frames, 5 slots). Otherwise slots hold equal groups (MAGVIT: 16 frames,
     4 slots).
+    looks_ahead: the tokens of a causal clip depend on the frames behind their slot all the same
+    (norms that span the clip, as in Open-MAGVIT2).
     """
 
     frames: int
@@ -32,6 +34,7 @@ class ClipGeometry:
     width: int
     grid: Grid
     causal: bool
+    looks_ahead: bool = False
 
     def __post_init__(self) -> None:
         slots = self.grid[0]

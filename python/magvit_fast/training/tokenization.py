@@ -34,19 +34,23 @@ from magvit_fast.training.sources import open_clips
 
 def clip_geometry(tokenizer: VideoTokenizer, frames: int, size: int) -> ClipGeometry:
     """The geometry of clips [3, frames, size, size] under this tokenizer."""
-    grid = tokenizer.config.latent_shape(frames, size, size)
-    return ClipGeometry(frames, size, size, grid, causal=tokenizer.config.causal)
+    config = tokenizer.config
+    grid = config.latent_shape(frames, size, size)
+    ahead = config.causal and not config.streams
+    return ClipGeometry(frames, size, size, grid, causal=config.causal, looks_ahead=ahead)
 
 
 def condition_differs(task: Task, geometry: ClipGeometry) -> bool:
     """Whether condition tokens can differ from the clip's own inside the condition region.
 
     They cannot when the given frames fill their slots and nothing behind them is seen: leading
-    frames, 1 + stride * k of them, under a causal tokenizer (MAGVIT-v2's 5 given frames).
+    frames, 1 + stride * k of them, under a causal tokenizer (MAGVIT-v2's 5 given frames) whose norms
+    do not span the clip.
     """
     if not task.has_condition:
         return False
-    if isinstance(task, FrameTask) and task.last == 0 and geometry.causal:
+    blind = geometry.causal and not geometry.looks_ahead
+    if isinstance(task, FrameTask) and task.last == 0 and blind:
         return (task.num_first(geometry) - 1) % geometry.time_stride != 0
     return True
 
