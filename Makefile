@@ -20,15 +20,21 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 
-# torch first: the pinned version, so that no resolver looks for a newer one.
+# torch first: the pinned version, so that no resolver looks for a newer one, and its build for CPUs where
+# PyTorch's own index answers within five seconds (pip itself would go on asking for minutes). TORCH_INDEX
+# names another one; empty, torch comes from the configured index alone.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 $(VENV)/.torch: constraints.txt | $(BIN)/python
-	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt) numpy
+	index=$$($(BIN)/python -c 'import sys, urllib.request as u; a = sys.argv[1]; u.urlopen(a + "/torch/", timeout=5); print("--extra-index-url", a)' '$(TORCH_INDEX)' 2>/dev/null); \
+	$(PIP) $$index torch==$$(sed -n 's/^torch==//p' constraints.txt) numpy
 	@touch $@
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python -type f \
 	-not -name '*.so' -not -path '*__pycache__*' 2>/dev/null)
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	@echo "Compiling the kernels: about six minutes on two cores the first time, longer where there is nvcc."
+	@echo "It takes g++ >= 10 (clang: kernels of one thread) and the headers of Python (python3-dev)."
 	$(PIP) '.[video,train,metrics,hub,cli,bench,test]'
 	@touch $@
 
@@ -56,7 +62,11 @@ gpu:
 # cmake and ninja come with the development extra, so the presets find them in .venv first.
 dev cuda-compile asan: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-dev:
+# Installed once, for the tools; later changes of sources are built here alone.
+$(BIN)/ninja:
+	$(MAKE) $(VENV)/.installed
+
+dev: | $(BIN)/ninja
 	cmake --preset dev && cmake --build --preset dev
 
 lint: $(VENV)/.installed
