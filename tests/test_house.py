@@ -162,6 +162,19 @@ def test_imports_go_one_way(room: str) -> None:
             assert top in allowed or module in allowed, f"{_relative(path)} imports {module}"
 
 
+def test_the_table_of_rooms_says_what_is_held() -> None:
+    told = {}
+    for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `") and not cells[0].startswith("`csrc"):
+            for room in re.findall(r"`([^`]+)`", cells[0]):
+                assert room not in told, f"{room} is there twice"
+                told[room] = (
+                    "all" if cells[2] == "everything" else set(re.findall(r"`([^`]+)`", cells[2]))
+                )
+    assert told == {**LAYERS, "cli": "all"}
+
+
 def test_public_names_have_docstrings() -> None:
     import magvit_fast as mf
 
