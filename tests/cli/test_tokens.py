@@ -108,6 +108,44 @@ def test_round_trip_clip_by_clip(
     assert (read_video(video) - read_video(tmp_path / "expected.mp4")).abs().max() <= 2 / 255
 
 
+@pytest.mark.parametrize("frames", [1, 9, 10, 30])
+def test_round_trip_clip_by_clip_of_a_causal_tokenizer(
+    cli: Callable, models: Any, clip: str, tmp_path: Path, frames: int
+) -> None:
+    """Where norms span the clip (Open-MAGVIT2), each has its own slot 0 of a single frame."""
+    tokens, video, folder = (tmp_path / name for name in ("t.safetensors", "v.mp4", "model"))
+    config = MagvitV2Tokenizer.from_pretrained(models.tokenizer).config
+    torch.manual_seed(0)
+    tokenizer = MagvitV2Tokenizer(dataclasses.replace(config, clip_norms=True)).eval()
+    tokenizer.save_pretrained(folder)
+    words = ("--tokenizer", folder, "--json")
+    cut = ("--frames", str(frames), "--clip-frames", "9")
+    result = cli("tokenize", clip, "-o", tokens, *words, *cut)
+    assert result.status == 0, result.err
+    facts, clips = json.loads(result.out), -(-frames // 9)
+    assert (facts["frames"], facts["clip_frames"]) == (frames, 9)
+    assert facts["grid"] == [3 * clips, 6, 8]
+    header, tensors = load_tokens(tokens)
+    assert (header.clip, header.video) == (9, (9 * clips, 24, 32))
+    whole = read_video(clip, frames=frames)
+    whole = torch.cat([whole, whole[:, -1:].expand(-1, 9 * clips - frames, -1, -1)], dim=1)
+    with torch.inference_mode():
+        pieces = [tokenizer.encode(part.unsqueeze(0)) for part in whole.split(9, dim=1)]
+        expected = torch.cat([tokenizer.decode(ids)[0] for ids in pieces], dim=1)[:, :frames]
+    assert torch.equal(tensors["ids"], torch.cat(pieces, dim=1))
+
+    result = cli("detokenize", tokens, "-o", video, *words, "--crf", "0")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["frames"] == probe(video).frames == frames
+    write_video(tmp_path / "expected.mp4", expected, 12.0, crf=0)
+    assert (read_video(video) - read_video(tmp_path / "expected.mp4")).abs().max() <= 2 / 255
+    if frames == 30:
+        assert cli("tokenize", clip, "-o", tokens, *words).status == 0  # 17 frames unless told
+        assert load_tokens(tokens)[0].video == (34, 24, 32)
+        line = cli("tokenize", clip, "-o", tokens, *words, "--clip-frames", "8").err
+        assert "--clip-frames: expected 1 + 4k, got 8" in line
+
+
 def test_clips_of_16_frames_unless_told(
     cli: Callable, first_generation: list[str], clip: str, tmp_path: Path
 ) -> None:

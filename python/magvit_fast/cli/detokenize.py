@@ -22,6 +22,7 @@ from magvit_fast.cli.runtime import (
     table,
     write_result,
 )
+from magvit_fast.cli.tokenize import slots_of_clip
 from magvit_fast.data.tokens import TokenHeader, load_tokens, tokenizer_fingerprint
 from magvit_fast.errors import FileFormatError
 from magvit_fast.models.tokenizers import VideoTokenizer
@@ -88,7 +89,7 @@ def _decoded(
     """Piece after piece, or clip after clip where the tokenizer looks ahead."""
     if tokenizer.streams:
         return tokenizer.decode_stream(ids)
-    slots = (header.clip or header.video[0]) // tokenizer.config.time_stride
+    slots = slots_of_clip(tokenizer, header.clip or header.video[0])
     if slots < 1 or ids.shape[1] % slots:
         raise FileFormatError(
             f"{path}: its {ids.shape[1]} slots are no whole clips of {header.clip} frames; "

@@ -44,7 +44,7 @@ from magvit_fast.models.tokenizers import VideoTokenizer
 
 HELP = "Turn a video file into a token file."
 _PIECE = 16  # frames decoded before the network sees them
-_CLIP = 16  # frames of a clip of MAGVIT
+_CLIP = 16  # frames of a clip of MAGVIT; one more where slot 0 is a single frame
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=positive_int, default=1, help="take every N-th frame")
     parser.add_argument(
         "--clip-frames", type=positive_int, metavar="N",
-        help="for tokenizers that look ahead (MAGVIT): encode clips of N frames (default 16)",
+        help="for tokenizers that look ahead (MAGVIT): encode clips of N frames (default 16; 17 "
+        "where slot 0 is a single frame)",
     )  # fmt: skip
 
 
@@ -104,14 +105,21 @@ def write_tokens(
 
     clip: frames of each of the clips that were encoded one by one; None for a single piece.
     """
-    causal = int(tokenizer.config.causal)
-    frames = causal + (ids.shape[1] - causal) * tokenizer.config.time_stride
+    lead, step = int(tokenizer.config.causal), tokenizer.config.time_stride
+    frames = lead + (ids.shape[1] - lead) * step
+    if clip is not None:
+        frames = ids.shape[1] // slots_of_clip(tokenizer, clip) * clip
     grid = (ids.shape[1], ids.shape[2], ids.shape[3])
     fingerprint = tokenizer_fingerprint(tokenizer)
     header = TokenHeader(
         fingerprint, tokenizer.config.num_bits, grid, (frames, *size), source, clip
     )
     save_tokens(path, header, ids.cpu())
+
+
+def slots_of_clip(tokenizer: VideoTokenizer, frames: int) -> int:
+    """Latent slots of a clip of so many frames."""
+    return tokenizer.config.latent_shape(frames, 1, 1)[0]
 
 
 def token_facts(ids: Tensor, num_bits: int, frames: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -144,16 +152,17 @@ def _fitting_size(tokenizer: VideoTokenizer, video: VideoInfo) -> tuple[int, int
 
 def _clip_frames(tokenizer: VideoTokenizer, asked: int | None) -> int | None:
     """Frames of a clip that is encoded by itself; None for a tokenizer that streams."""
-    step = tokenizer.config.time_stride
+    lead, step = int(tokenizer.config.causal), tokenizer.config.time_stride
     if tokenizer.streams:
         if asked is not None:
             raise ValueError(
                 "--clip-frames: this tokenizer takes a video as a whole, piece by piece; leave it out"
             )
         return None
-    clip = asked or max(1, _CLIP // step) * step
-    if clip % step:
-        raise ValueError(f"--clip-frames: expected a multiple of {step}, got {clip}")
+    clip = asked or lead + max(1, _CLIP // step) * step
+    if (clip - lead) % step:
+        expected = f"1 + {step}k" if lead else f"a multiple of {step}"
+        raise ValueError(f"--clip-frames: expected {expected}, got {clip}")
     return clip
 
 
