@@ -25,6 +25,7 @@ from magvit_fast.data.tokens import (
     write_shard,
 )
 from magvit_fast.errors import FileFormatError
+from magvit_fast.models import MagvitV2Config, MagvitV2Tokenizer
 
 HEADER = TokenHeader("ab" * 16, 18, (2, 3, 4), (5, 24, 32))
 
@@ -89,7 +90,13 @@ def test_condition_ids_are_kept(tmp_path):
         condition_ids={"first1": some_ids(2) ^ 1},
     )
     write_index(tmp_path, HEADER, [entry])
-    assert torch.equal(TokenClips(tmp_path)[Draw(0, 1)]["condition_ids.first1"], some_ids(2)[1] ^ 1)
+    clips = TokenClips(tmp_path)
+    assert torch.equal(clips[Draw(0, 1)]["condition_ids.first1"], some_ids(2)[1] ^ 1)
+    kept = clips._loaded[0]  # in memory they are as narrow as on disk
+    assert {name: value.dtype for name, value in kept.items()} == {
+        "ids": torch.int32,
+        "condition_ids.first1": torch.int32,
+    }
 
 
 def test_without_an_index_there_is_no_data_set(shards):
@@ -205,3 +212,18 @@ def test_fingerprint_follows_values_not_storage():
     with torch.no_grad():
         same.bias[0] += 1e-3
     assert tokenizer_fingerprint(model) != tokenizer_fingerprint(same)
+
+
+def test_fingerprint_follows_the_config():
+    """Networks of equal weights make other tokens with another padding, or norms over the clip."""
+    config = MagvitV2Config(
+        filters=8, channel_multipliers=(1, 2), temporal_downsample=(True,), num_res_blocks=1,
+        num_bits=6,
+    )  # fmt: skip
+    model = MagvitV2Tokenizer(config)
+    found = {tokenizer_fingerprint(model)}
+    for changes in ({}, {"clip_norms": True}, {"pad_mode": "zeros"}):
+        other = MagvitV2Tokenizer(dataclasses.replace(config, **changes))
+        other.load_state_dict(model.state_dict())
+        found.add(tokenizer_fingerprint(other))
+    assert len(found) == 3

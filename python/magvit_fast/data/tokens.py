@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from magvit_fast.errors import FileFormatError
 FORMAT = "magvit_fast.tokens"
 VERSION = 1
 INDEX = "index.json"
+_CONDITION = "condition_ids."
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,21 @@ def _three(values: Iterable[Any]) -> tuple[int, int, int]:
 
 
 def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
-    """32 hex digits over names, shapes and values (as float32) of all weights."""
-    digest = hashlib.sha256()
+    """32 hex digits over the config, and over names, shapes and values (as float32) of all weights."""
+    digest = hashlib.sha256(_settings(getattr(tokenizer, "config", None)).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _settings(config: Any) -> str:
+    """What of a config dataclass is not at its default: fields that come later change nothing then."""
+    if not is_dataclass(config) or isinstance(config, type):
+        return ""
+    values = {f.name: json.dumps(getattr(config, f.name)) for f in fields(config)}
+    defaults = {f.name: json.dumps(f.default) for f in fields(config) if f.default is not MISSING}
+    return json.dumps({k: v for k, v in sorted(values.items()) if v != defaults.get(k)})
 
 
 def id_dtype(num_bits: int) -> torch.dtype:
@@ -210,7 +220,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[TokenHeader, dict[str, st
 
 def condition_tensor(condition: str) -> str:
     """The name, in files and batches, of the tokens of one condition."""
-    return f"condition_ids.{condition}"
+    return _CONDITION + condition
 
 
 def write_shard(
@@ -318,7 +328,8 @@ class TokenClips:
                 raise _damaged(path, f"expected {count} clips, found {len(tensors['ids'])}")
             narrow = id_dtype(self.header.num_bits)
             self._loaded[number] = {
-                k: v.to(narrow) if k in ("ids", "condition_ids") else v for k, v in tensors.items()
+                name: value.to(narrow) if name == "ids" or name.startswith(_CONDITION) else value
+                for name, value in tensors.items()
             }
         return self._loaded[number]
 
