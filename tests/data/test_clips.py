@@ -73,6 +73,8 @@ def test_items_have_the_shape_asked_for_and_vary_by_epoch(folder):
     assert clips[Draw(0, 3, still=True)]["video"].shape == (3, 1, 16, 24)
     assert clips.class_names == ("left", "right")
     assert [clips[Draw(0, i)]["class_id"] for i in range(3)] == [0, 0, 1]
+    unlabeled = VideoClips(folder, frames=5, size=(16, 24), augmentation=options)
+    assert clips.identity != unlabeled.identity  # half a token set of each would have no classes
 
 
 def test_stride_takes_every_other_frame(folder):

@@ -191,6 +191,7 @@ class VideoClips:
         files = [(str(f), n) for f, n in zip(self.files, self.lengths, strict=True)]
         facts = [files, self.frames, self.size, self.seed, asdict(self.augmentation)]
         facts += ["actions"] * self.actions
+        facts += [["classes", *self.class_names]] * bool(self.class_names)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def __getitem__(self, draw: Draw) -> Sample:
