@@ -51,6 +51,19 @@ def images(tmp_path):
     return folder
 
 
+def test_images_beside_clips_with_actions_need_none(tmp_path, images):
+    write_scene(tmp_path / "videos/a.mp4", 0, 5)
+    np.save(tmp_path / "videos/a.npy", np.zeros((5, 2)))
+    data = DataConfig(
+        path=str(tmp_path / "videos"), image_path=str(images), image_ratio=0.5, frames=5, size=16,
+        actions=True, flip=False,
+    )  # fmt: skip
+    source = open_clips(data, seed=0)
+    assert source.num_stills == 6
+    assert source[Draw(0, 0)]["actions"].shape == (5, 2)
+    assert "actions" not in source[Draw(0, 0, still=True)]
+
+
 def test_an_image_folder_trains_an_image_tokenizer(tmp_path, images):
     data = DataConfig(path=str(images), frames=1, size=16, labels=True)
     source = open_clips(data, seed=0)

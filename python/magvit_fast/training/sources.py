@@ -20,7 +20,8 @@ def open_clips(config: DataConfig, seed: int, *, quiet: bool = False) -> ClipSou
     """
     if config.image_path:
         clips = open_clips(replace(config, image_path=""), seed, quiet=quiet)
-        return JointSource(clips, _video_clips(config, config.image_path, 1, seed, quiet))
+        images = replace(config, actions=False)  # which images have none of
+        return JointSource(clips, _video_clips(images, config.image_path, 1, seed, quiet))
     if config.source != "videos":
         return SceneClips(
             config.scenes,
