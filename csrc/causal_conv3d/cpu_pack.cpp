@@ -159,17 +159,21 @@ void widen(const void* from, DType dtype, float* to, index_t count, int num_thre
 }
 
 std::uint64_t causal_conv3d_weight_mark(const void* weight, std::size_t bytes, const ExecContext&) {
-  constexpr std::size_t kWords = 64;
-  const std::size_t words = bytes / sizeof(std::uint32_t);
-  const std::size_t count = words < kWords ? words : kWords;
+  constexpr std::size_t kWhole = 4096, kSamples = 64, kWord = sizeof(std::uint64_t);
+  const char* from = static_cast<const char*>(weight);
   std::uint64_t mark = bytes;
-  for (std::size_t i = 0; i < count; ++i) {
-    std::uint32_t word;
-    std::memcpy(&word, static_cast<const char*>(weight) + i * (words - 1) / kWords * sizeof(word),
-                sizeof(word));
+  const auto mix = [&](std::size_t offset, std::size_t size) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, from + offset, size);
     mark = (mark ^ word) * 0x9e3779b97f4a7c15u;
     mark ^= mark >> 29;
-  }
+  };
+  const std::size_t words = bytes / kWord, rest = bytes % kWord;
+  const bool whole = bytes <= kWhole;
+  const std::size_t count = whole ? words : kSamples;
+  for (std::size_t i = 0; i < count; ++i)
+    mix((whole ? i : i * (words - 1) / (kSamples - 1)) * kWord, kWord);
+  if (rest != 0) mix(words * kWord, rest);
   return mark;
 }
 

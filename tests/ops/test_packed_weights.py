@@ -50,6 +50,25 @@ def test_kept_from_the_second_time_on() -> None:
     assert _packed_weights.held_bytes() == 0
 
 
+@pytest.mark.parametrize(("words", "dtype"), [
+    (12, torch.float32), (27, torch.float32), (64, torch.float32), (27, torch.bfloat16),
+    (1, torch.bfloat16), (1024, torch.float32), (10_000, torch.float32), (10_001, torch.bfloat16),
+])  # fmt: skip
+def test_the_mark_sees_all_of_a_small_weight_and_both_ends_of_any(words, dtype) -> None:
+    core, where, how = _native.launcher(torch.device("cpu"))
+    weight = torch.randn(words).to(dtype)
+
+    def mark() -> int:
+        return core.causal_conv3d_weight_mark(weight.data_ptr(), weight.nbytes, where, how)
+
+    small = weight.nbytes <= 4096
+    for i in range(0, words, 1 if words < 100 else 31) if small else (0,):
+        for at in (i, words - 1 - i):
+            before = mark()
+            weight.data[at] += 1
+            assert mark() != before, at
+
+
 def _step(kind: Callable[..., torch.optim.Optimizer], **options: object) -> Callable:
     def change(weight: Tensor) -> None:
         weight.grad = torch.ones_like(weight)
