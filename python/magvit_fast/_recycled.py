@@ -13,6 +13,7 @@ remembered here.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -56,6 +57,16 @@ def forget() -> None:
     """Remember nothing: what is free goes back to the system."""
     with _lock:
         _blocks.clear()
+
+
+def _after_fork() -> None:
+    """In the child, where no thread of the parent runs on to release the lock."""
+    global _lock
+    _lock = threading.Lock()
+    _blocks.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def take(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.ops.conv_problems import fp32_precision
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from magvit_fast import _native, ops
 from magvit_fast.ops import _packed_weights
@@ -67,6 +68,34 @@ def test_the_mark_sees_all_of_a_small_weight_and_both_ends_of_any(words, dtype) 
             before = mark()
             weight.data[at] += 1
             assert mark() != before, at
+
+
+def test_a_storage_that_was_replaced_is_let_go() -> None:
+    weight = torch.nn.Parameter(_weight())
+    for _ in range(2):
+        _conv(weight)
+    assert _packed_weights.held_bytes() > 0
+    storage = StorageWeakRef(weight.untyped_storage())
+    weight.data = weight.data.clone()
+    assert storage.expired()
+    assert _packed_weights.held_bytes() == 0
+    assert_equal(_conv(weight).detach(), _fresh(weight))
+
+
+def test_weights_may_go_while_their_bytes_are_counted(monkeypatch) -> None:
+    weights = [_weight() for _ in range(4)]
+    for weight in weights * 2:
+        _conv(weight)
+    of_one, kept = _packed_weights.held_bytes() // 4, _packed_weights._Entry.nbytes
+
+    def collected(entry: _packed_weights._Entry) -> int:
+        weights.clear()  # as a garbage collection might, which any allocation may begin
+        return kept(entry)
+
+    del weight
+    monkeypatch.setattr(_packed_weights._Entry, "nbytes", collected)
+    assert _packed_weights.held_bytes() >= of_one
+    assert _packed_weights.held_bytes() == 0
 
 
 def _step(kind: Callable[..., torch.optim.Optimizer], **options: object) -> Callable:

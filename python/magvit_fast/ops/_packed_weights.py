@@ -5,10 +5,10 @@ Next hop: `_core.causal_conv3d_{packing,pack,weight_mark}`; ops/causal_conv3d.py
 A tensor met for the second time in the same state is packed and its packed form kept; so a training
 step, which meets every state of its weights once or twice, keeps next to nothing. The state is the
 storage, the version counter that every in-place operation of torch moves (optimizers, load_state_dict),
-and a mark made of 64 words from all over the tensor, for what goes past the counter (writing through
-`.data`): such a write is missed only if it leaves all of these words alone. Tensors of inference mode
-have no counter and are not kept. Entries go when their tensor goes; what does not fit in CACHE_BYTES is
-packed at every call.
+and a mark made of the whole tensor up to 4 KiB, else of 64 words from end to end, for what goes past the
+counter (writing through `.data`): such a write is missed only if it leaves all of these words alone.
+Tensors of inference mode have no counter and are not kept. Entries go when their tensor goes, packed
+forms when its storage goes before it; what does not fit in CACHE_BYTES is packed at every call.
 
 On CUDA nothing of this decides whether weights are stale, as the host cannot see what a replayed graph or
 a write through `.data` has done: every call asks the device to pack again, whose blocks compare 64 bits
@@ -19,6 +19,7 @@ What a graph has captured stays until the weight goes; a capture makes no new fo
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from magvit_fast import _native
 
@@ -43,7 +45,7 @@ class _Entry:
         self.weight = weakref.ref(weight, lambda _: _forget(key, self_ref))
         self_ref = weakref.ref(self)
         self.state = state
-        self.storage = weight.untyped_storage()  # kept alive, so its address means no other storage
+        self.storage = StorageWeakRef(weight.untyped_storage())  # none other gets its `_cdata`
         self.forms: dict[Any, Tensor] = {}
         self.met: set[Any] = set()  # forms asked for, and for which direction
         self.captured: list[Tensor] = []  # graphs hold their addresses
@@ -59,15 +61,33 @@ def _forget(key: int, entry: weakref.ref[_Entry]) -> None:
             del _entries[key]
 
 
+def _after_fork() -> None:
+    """In the child, where no thread of the parent runs on to release the lock."""
+    global _lock
+    _lock = threading.RLock()
+    for key, entry in list(_entries.items()):
+        if not entry.on_device:  # a child may not call CUDA, not even to free
+            del _entries[key]
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def held_bytes(on_device: bool = False) -> int:
     """Bytes of packed weights that are kept now, for the CPU's kernels or for CUDA's."""
     with _lock:
-        return sum(e.nbytes() for e in _entries.values() if e.on_device == on_device)
+        total = 0
+        for entry in list(_entries.values()):  # a garbage collection in between may take some away
+            if entry.storage.expired():
+                entry.forms.clear()  # not what graphs have captured
+            if entry.on_device == on_device:
+                total += entry.nbytes()
+        return total
 
 
 def _state(weight: Tensor, mark: Callable[[int, int], int]) -> tuple[Any, ...]:
     return (
-        weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride(),
+        weight.untyped_storage()._cdata, weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride(),
         mark(weight.data_ptr(), weight.nbytes),
     )  # fmt: skip
 
