@@ -4,7 +4,8 @@
 
 Each model is made with the defaults of its class (random weights) and measured by
 `magvit-fast bench --model` in a process of its own: encode and decode of one clip, the candidates taking
-turns, medians. Patched both ways: as it is, and with channels_last=True. Every row is written as soon
+turns, medians. Patched both ways: as it is, and with channels_last=True, then against the unpatched
+model in the memory format that suits it better (the column "unpatched" says which). Every row is written as soon
 as it is there, into the JSON file and the table beside it; a later run on the same machine goes on with
 the rows that are missing.
 """
@@ -64,6 +65,7 @@ def measure(name: str, channels_last: bool, repeats: int) -> dict[str, Any]:
 def row(name: str, facts: dict[str, Any]) -> str:
     cells = [f"{name} ({MODELS[name.partition(',')[0]].widths})"]
     cells.append("x".join(map(str, facts["shape"][2:])))
+    cells.append(facts["unpatched_format"])
     for part in ("encode", "decode"):
         before, after = facts[f"{part}_seconds"], facts[f"patched_{part}_seconds"]
         cells.append(f"{before:.2f} → {after:.2f} s")
@@ -82,9 +84,9 @@ def table(machine: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
         f"torch {machine['torch']}. One clip, float32, random weights, medians; "
         "`python -m benchmarks.patched_models`.",
         "",
-        "| model (channels) | clip | encode | decode | both | peak MiB, encode | decode | difference "
+        "| model (channels) | clip | unpatched | encode | decode | both | peak MiB, encode | decode | difference "
         "| swapped / left |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(row(name, facts) for name, facts in rows.items())]) + "\n"
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from magvit_fast.cli import bench_model
+
 
 def test_bench(cli: Callable, models: Any) -> None:
     words = ("bench", "--tokenizer", models.tokenizer, "--frames", "5", "--size", "16")
@@ -59,8 +61,40 @@ def test_bench_of_a_third_party_model(cli: Callable) -> None:
     assert facts["decode_difference"] == 0
     assert facts["encode_seconds"] > 0
     assert facts["patched_decode_peak_bytes"] is None or facts["patched_decode_peak_bytes"] >= 0
+    assert facts["unpatched_format"] == "contiguous"
     text = cli(*words, "--repeats", "1").out
     assert "left alone: up (ConvTranspose3d)" in text
+
+
+def test_channels_last_is_held_against_the_faster_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats, model = [], Codec().eval()
+    video = torch.rand(1, 3, 4, 16, 16)
+    seconds = {"": (4.0, 1.0), "channels_last ": (1.0, 2.0), "patched ": (0.5, 0.5)}
+    encode = Codec.encode
+
+    def seen(self: Codec, video: torch.Tensor) -> tuple[torch.Tensor]:
+        (latent,) = encode(self, video)
+        formats.append(video.is_contiguous(memory_format=torch.channels_last_3d))
+        return (latent,)
+
+    def clock(candidates: Any, *_: Any, **__: Any) -> dict[str, float]:
+        assert set(candidates) == {p + n for p in seconds for n in ("encode", "decode")}
+        return {
+            p + n: t
+            for p, ts in seconds.items()
+            for n, t in zip(("encode", "decode"), ts, strict=True)
+        }
+
+    monkeypatch.setattr(Codec, "encode", seen)
+    monkeypatch.setattr(bench_model, "median_seconds", clock)
+    facts = bench_model.compare(model, video, 1, channels_last=True)
+    # for the latent; as it is, patched, and in the other format
+    assert formats[:4] == [False, False, False, True]
+    assert facts["unpatched_format"] == "channels_last"
+    assert (facts["encode_seconds"], facts["decode_seconds"]) == (1.0, 2.0)
+    assert facts["speedup"] == 3.0
+    assert facts["encode_difference"] < 1e-5
+    assert model.down.weight.is_contiguous()
 
 
 def test_bench_of_a_model_without_encode(cli: Callable) -> None:

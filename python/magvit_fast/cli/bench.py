@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="JSON", help="arguments of --model's class")
     parser.add_argument(
-        "--channels-last", action="store_true", help="patch --model with channels_last=True"
+        "--channels-last",
+        action="store_true",
+        help="patch --model with channels_last=True, and hold it against the faster of both formats",
     )
     parser.add_argument("--batch", type=positive_int, default=1)
     parser.add_argument("--frames", type=positive_int, help="default: 17; 16 for MAGVIT")
