@@ -4,7 +4,7 @@
 
 writes tokenizer/, transformer/ and demo.json: what python/magvit_fast/demo/ holds. Interrupted, it
 goes on after the last finished part (tokenizer, tokens, transformer, decoder). What is special here, beside
-`magvit-fast train`, is what makes an hour on a CPU enough:
+`magvit-fast train`, is what makes 80 minutes of one CPU core enough:
 
 - bits are learned softly: tanh(z) is decoded at first, and a growing share of it becomes the sign;
 - the tokenizer starts as one for images, on crops, and is inflated to video as in MAGVIT-v2: the
