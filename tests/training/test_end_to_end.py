@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,13 +40,25 @@ def videos(tmp_path, monkeypatch):
     return tmp_path
 
 
+def on_videos(recipe: Any) -> Any:
+    """The recipe on the files of ./videos in place of rendered scenes."""
+    return replace(recipe, data=replace(recipe.data, source="videos", path="videos"))
+
+
+def test_tiny_recipes_need_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer(load_recipe(RECIPES / "tiny-tokenizer.toml", TokenizerTraining), progress=False)
+    recipe = load_recipe(RECIPES / "tiny-transformer.toml", TransformerTraining)
+    assert [h["step"] for h in train_transformer(recipe, progress=False).history] == [1, 2, 3]
+    assert TokenClips("runs/tiny-tokens").num_clips == recipe.tokens.passes * recipe.data.scenes
+
+
 def test_videos_to_tokenizer_to_shards_to_transformer(videos, caplog):
     with caplog.at_level(logging.WARNING, "magvit_fast"):
         recipe = load_recipe(RECIPES / "tiny-tokenizer.toml", TokenizerTraining)
-        first = train_tokenizer(recipe, progress=False)
-        second = train_transformer(
-            load_recipe(RECIPES / "tiny-transformer.toml", TransformerTraining), progress=False
-        )
+        first = train_tokenizer(on_videos(recipe), progress=False)
+        recipe = load_recipe(RECIPES / "tiny-transformer.toml", TransformerTraining)
+        second = train_transformer(on_videos(recipe), progress=False)
     assert sum("bad.mp4" in r.getMessage() for r in caplog.records) == 2  # once a stage
     assert [h["step"] for h in first.history] == [1, 2, 3]
     assert all(h["discriminator_r1"] >= 0 and h["adversarial"] > 0 for h in first.history)
@@ -68,10 +82,9 @@ def test_videos_to_tokenizer_to_shards_to_transformer(videos, caplog):
 
 def test_maskvit_from_videos_to_predicted_frames(videos):
     recipe = load_recipe(RECIPES / "tiny-maskvit-tokenizer.toml", TokenizerTraining)
-    first = train_tokenizer(recipe, progress=False)
-    second = train_transformer(
-        load_transformer_recipe(RECIPES / "tiny-maskvit-transformer.toml"), progress=False
-    )
+    first = train_tokenizer(on_videos(recipe), progress=False)
+    recipe = load_transformer_recipe(RECIPES / "tiny-maskvit-transformer.toml")
+    second = train_transformer(on_videos(recipe), progress=False)
     assert all(h["discriminator_r1"] >= 0 and h["adversarial"] > 0 for h in first.history)
     assert [h["step"] for h in second.history] == [1, 2]
     tokenizer = FrameTokenizer.from_pretrained(first.output)
