@@ -19,38 +19,48 @@ namespace {
 constexpr index_t kApartWeights = 24 << 20;  // bytes of transformed weights kept for all threads
 constexpr index_t kApartSources = 4 << 20;   // bytes of a thread's transformed sources
 constexpr index_t kTogetherSources = 16 << 20;
+constexpr index_t kTogetherVectors = 2;  // of a panel: 0.3 MB of weights a set with AVX-512
 
 struct Plan : WinogradBase {
   WeightView view;
   PackLayout pack;
   bool together;
-  index_t wave;             // blocks of columns in work at once
-  float* packed = nullptr;  // unless the caller has packed them
+  index_t panels, panel_columns;  // what a thread works on: blocks, or less of them
+  index_t parts;                  // together: of the rows of points, where threads are many
+  float* packed = nullptr;        // unless the caller has packed them
   float *sources = nullptr, *weights = nullptr, *sums = nullptr;  // of thread 0
   index_t source_size, weight_size, sum_size;                     // floats
 
   Plan(const Conv3dShape& s, Direction direction, const Tensors& tensors, const ExecContext& ctx,
        Workspace& workspace);
+  WinogradColumns columns(index_t panel) const;
 
  private:
   void choose(const ExecContext& ctx);
   void take(const ExecContext& ctx, Workspace& workspace);
+  index_t lanes;
 };
 
 Plan::Plan(const Conv3dShape& s, Direction direction, const Tensors& tensors,
            const ExecContext& ctx, Workspace& workspace)
     : WinogradBase(s, direction, tensors, ctx.isa, workspace),
       view(weight_view(s, direction, tensors.weight)),
-      pack(winograd_packing(ctx.isa)) {
+      pack(winograd_packing(ctx.isa)),
+      lanes(gather_lanes(ctx.isa)) {
   choose(ctx);
   if (!s.packed) packed = workspace.take<float>(packed_size(view, pack));
   params.packed = s.packed ? static_cast<const float*>(tensors.weight) : packed;
   take(ctx, workspace);
 }
 
+WinogradColumns Plan::columns(index_t panel) const {
+  const index_t first = panel * panel_columns;
+  const index_t channels = least(panel_columns, params.produce - first);
+  return {first, channels, round_up(channels, lanes)};
+}
+
 // Apart or together, and how many tiles make a group.
 void Plan::choose(const ExecContext& ctx) {
-  const index_t lanes = gather_lanes(ctx.isa);
   const index_t tile_bytes = points * planner.most_products() * layout.source_row * 4;
   const index_t all_weights =
       points * params.sets.count * params.reduce * round_up(params.produce, lanes) * 4;
@@ -63,28 +73,23 @@ void Plan::choose(const ExecContext& ctx) {
   index_t count = ceil_div(tiles, most);
   if (!together) count = round_up(count, index_t{2});
   cut(count);
-  wave = together ? least(blocks,
-                          ctx.num_threads < 2 ? 1 : ceil_div(index_t{ctx.num_threads}, index_t{2}))
-                  : 1;
+  panel_columns = together ? least(kTogetherVectors * lanes, block_columns) : block_columns;
+  panels = ceil_div(params.produce, panel_columns);
+  parts = least(params.m + 2, ceil_div(index_t{ctx.num_threads}, panels));
 }
 
 void Plan::take(const ExecContext& ctx, Workspace& workspace) {
   const index_t channels = together ? least(params.reduce, kWinogradChain) : params.reduce;
-  layout.weight_set = channels * block_columns + kWinogradPad;
-  layout.weight_point = params.sets.count * layout.weight_set;
+  layout.sum_point = planner.most_sums() * layout.tiles * panel_columns + kWinogradPad;
+  layout.weight_set = channels * panel_columns + kWinogradPad;
+  layout.weight_point = (together ? 1 : params.sets.count) * layout.weight_set;
   source_size = points * layout.source_point;
   sum_size = points * layout.sum_point;
-  if (together) {
-    weight_size = (params.m + 2) * layout.weight_point;  // a row of points
-    sources = workspace.take<float>(source_size);
-    sums = workspace.take<float>(sum_size * wave);
-    weights = workspace.take<float>(weight_size * ctx.num_threads);
-  } else {
-    weight_size = points * layout.weight_point;  // of a block
-    weights = workspace.take<float>(weight_size * blocks);
-    sources = workspace.take<float>(source_size * ctx.num_threads);
-    sums = workspace.take<float>(sum_size * ctx.num_threads);
-  }
+  weight_size = points * layout.weight_point;
+  const index_t threads = ctx.num_threads;
+  sources = workspace.take<float>(source_size * (together ? 1 : threads));
+  sums = workspace.take<float>(sum_size * (together && parts > 1 ? panels : threads));
+  weights = workspace.take<float>(weight_size * (together ? threads : panels));
 }
 
 void run_apart(Plan& plan, const ExecContext& ctx) {
@@ -93,12 +98,11 @@ void run_apart(Plan& plan, const ExecContext& ctx) {
   const auto to_sources = MF_PICK_SIMD(winograd_sources, ctx.isa);
   const auto multiply = MF_PICK_SIMD(winograd_products, ctx.isa);
   const auto to_results = MF_PICK_SIMD(winograd_results, ctx.isa);
-  constexpr index_t kChannels = 16;
-  const index_t parts = ceil_div(p.reduce, kChannels);
-  parallel_items(plan.blocks * parts, ctx.num_threads, [&](index_t i, int) {
-    const index_t block = i / parts, begin = i % parts * kChannels;
-    transform(p, plan.layout, block, 0, p.m + 2, 0, begin, least(begin + kChannels, p.reduce),
-              plan.weights + block * plan.weight_size);
+  const index_t rows = p.m + 2, sets = p.sets.count;
+  parallel_items(plan.panels * sets, ctx.num_threads, [&](index_t i, int) {
+    const index_t panel = i / sets, set = i % sets;
+    transform(p, plan.layout, plan.columns(panel), set, 0, rows, 0, p.reduce,
+              plan.weights + panel * plan.weight_size + set * plan.layout.weight_set);
   });
   parallel_items(plan.groups * plan.planner.segments(), ctx.num_threads,
                  [&](index_t i, int thread) {
@@ -110,21 +114,39 @@ void run_apart(Plan& plan, const ExecContext& ctx) {
                    float* sources = plan.sources + thread * plan.source_size;
                    float* sums = plan.sums + thread * plan.sum_size;
                    to_sources(p, segment, layout, tiles, 0, tiles.count, sources);
-                   for (index_t block = 0; block < plan.blocks; ++block) {
-                     multiply(p, segment, layout, block, 0, plan.points, 0, p.reduce, sources,
-                              plan.weights + block * plan.weight_size, sums);
-                     to_results(p, segment, layout, tiles, block, 0, tiles.count, sums);
+                   for (index_t panel = 0; panel < plan.panels; ++panel) {
+                     const WinogradColumns columns = plan.columns(panel);
+                     multiply(p, segment, layout, columns, 0, sets, 0, rows, 0, p.reduce, sources,
+                              plan.weights + panel * plan.weight_size, sums);
+                     to_results(p, segment, layout, tiles, columns, 0, tiles.count, sums);
                    }
                  });
 }
 
+// All products of a panel and a part of the rows of points: every set's weights are made for a
+// chain of channels, which stay in the L2 cache with the sums of the set.
+void multiply_panel(const Plan& plan, const TimeSegment& segment, const WinogradLayout& layout,
+                    index_t panel, index_t part, float* weights, float* sums, int isa) {
+  const WinogradParams& p = plan.params;
+  const auto transform = MF_PICK_SIMD(winograd_weights, isa);
+  const auto multiply = MF_PICK_SIMD(winograd_products, isa);
+  const WinogradColumns columns = plan.columns(panel);
+  const index_t rows = p.m + 2;
+  const index_t row_begin = rows * part / plan.parts, row_end = rows * (part + 1) / plan.parts;
+  for (index_t begin = 0; begin < p.reduce; begin += kWinogradChain)
+    for (index_t set = 0; set < p.sets.count; ++set) {
+      const index_t end = least(begin + kWinogradChain, p.reduce);
+      transform(p, layout, columns, set, row_begin, row_end, begin, end, weights);
+      multiply(p, segment, layout, columns, set, set + 1, row_begin, row_end, begin, end,
+               plan.sources, weights, sums);
+    }
+}
+
 void run_together(Plan& plan, const ExecContext& ctx) {
   const WinogradParams& p = plan.params;
-  const auto transform = MF_PICK_SIMD(winograd_weights, ctx.isa);
   const auto to_sources = MF_PICK_SIMD(winograd_sources, ctx.isa);
-  const auto multiply = MF_PICK_SIMD(winograd_products, ctx.isa);
   const auto to_results = MF_PICK_SIMD(winograd_results, ctx.isa);
-  const index_t rows = p.m + 2;
+  const bool whole = plan.parts == 1;
   TimeSegment segment;
   for (index_t s = 0; s < plan.planner.segments(); ++s) {
     plan.planner.plan(s, segment);
@@ -134,24 +156,19 @@ void run_together(Plan& plan, const ExecContext& ctx) {
       parallel_items(tiles.count, ctx.num_threads, [&](index_t i, int) {
         to_sources(p, segment, layout, tiles, i, i + 1, plan.sources);
       });
-      for (index_t first = 0; first < plan.blocks; first += plan.wave) {
-        const index_t wave = least(plan.wave, plan.blocks - first);
-        parallel_items(wave * rows, ctx.num_threads, [&](index_t i, int thread) {
-          const index_t row = i % rows;
-          float* weights = plan.weights + thread * plan.weight_size;
-          for (index_t begin = 0; begin < p.reduce; begin += kWinogradChain) {
-            const index_t end = least(begin + kWinogradChain, p.reduce);
-            transform(p, layout, first + i / rows, row, row + 1, begin, begin, end, weights);
-            multiply(p, segment, layout, first + i / rows, row * rows, (row + 1) * rows, begin, end,
-                     plan.sources, weights, plan.sums + i / rows * plan.sum_size);
-          }
-        });
-        parallel_items(wave * tiles.count, ctx.num_threads, [&](index_t i, int) {
-          const index_t block = i / tiles.count, tile = i % tiles.count;
-          to_results(p, segment, layout, tiles, first + block, tile, tile + 1,
-                     plan.sums + block * plan.sum_size);
-        });
-      }
+      parallel_items(plan.panels * plan.parts, ctx.num_threads, [&](index_t i, int thread) {
+        const index_t panel = i / plan.parts;
+        float* sums = plan.sums + (whole ? thread : panel) * plan.sum_size;
+        multiply_panel(plan, segment, layout, panel, i % plan.parts,
+                       plan.weights + thread * plan.weight_size, sums, ctx.isa);
+        if (whole) to_results(p, segment, layout, tiles, plan.columns(panel), 0, tiles.count, sums);
+      });
+      if (whole) continue;
+      parallel_items(plan.panels * tiles.count, ctx.num_threads, [&](index_t i, int) {
+        const index_t panel = i / tiles.count, tile = i % tiles.count;
+        to_results(p, segment, layout, tiles, plan.columns(panel), tile, tile + 1,
+                   plan.sums + panel * plan.sum_size);
+      });
     }
   }
 }

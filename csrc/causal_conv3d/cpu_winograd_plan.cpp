@@ -135,7 +135,7 @@ void WinogradBase::next_channels() {
 }
 
 PackLayout winograd_packing(int isa) {
-  return {gather_columns(isa), gather_lanes(isa), false, DType::f32, true};
+  return {2 * gather_lanes(isa), gather_lanes(isa), false, DType::f32, true};
 }
 
 bool winograd_serves(const Conv3dShape& s, ConvOp op, int isa) {

@@ -11,7 +11,7 @@ namespace MF_ISA {
 namespace {
 
 // Register tiles are arrays; only fully unrolled loops let the compiler keep them in registers.
-#define MF_UNROLL _Pragma("GCC unroll 8")
+#define MF_UNROLL _Pragma("GCC unroll 16")
 
 #if defined(MF_ISA_avx512) || defined(MF_ISA_avx512_bf16)
 constexpr int kVectors = 4;

@@ -52,6 +52,12 @@ struct WinogradTiles {
   index_t first, count;
 };
 
+// Channels of the target, all in one block of params.packed.
+struct WinogradColumns {
+  index_t first, channels;
+  index_t width;  // in whole vectors
+};
+
 // Products that are added up before they join the sums: results do not depend on the cutting.
 constexpr index_t kWinogradChain = 64;
 
@@ -63,27 +69,27 @@ MF_DECLARE_SIMD(void, winograd_sources,
                  const WinogradLayout& layout, const WinogradTiles& tiles, index_t tile_begin,
                  index_t tile_end, float* sources))
 
-// Weights of a block of columns at the points of rows [row_begin, row_end) of the (m + 2) x (m + 2)
-// square, for the channels [begin, end) of the sum; `weights` starts at the first of these points
-// and at the channel `first`.
+// One set of weights at the points of rows [row_begin, row_end) of the (m + 2) x (m + 2) square,
+// for the channels [begin, end) of the sum; `weights` starts at the first point, set and channel.
 MF_DECLARE_SIMD(void, winograd_weights,
-                (const WinogradParams& params, const WinogradLayout& layout, index_t block,
-                 index_t row_begin, index_t row_end, index_t first, index_t begin, index_t end,
-                 float* weights))
+                (const WinogradParams& params, const WinogradLayout& layout,
+                 const WinogradColumns& columns, index_t set, index_t row_begin, index_t row_end,
+                 index_t begin, index_t end, float* weights))
 
-// All products of the segment at the points [point_begin, point_end), of the channels [begin, end)
-// of the sum; `weights` starts at the first of both.
+// The segment's products with the sets [set_begin, set_end) at the points of rows [row_begin,
+// row_end), of the channels [begin, end) of the sum; `weights` starts at the first of all three.
 MF_DECLARE_SIMD(void, winograd_products,
                 (const WinogradParams& params, const TimeSegment& segment,
-                 const WinogradLayout& layout, index_t block, index_t point_begin,
-                 index_t point_end, index_t begin, index_t end, const float* sources,
-                 const float* weights, float* sums))
+                 const WinogradLayout& layout, const WinogradColumns& columns, index_t set_begin,
+                 index_t set_end, index_t row_begin, index_t row_end, index_t begin, index_t end,
+                 const float* sources, const float* weights, float* sums))
 
-// The tiles [tile_begin, tile_end) of the group: their results in a block of columns.
+// The tiles [tile_begin, tile_end) of the group: their results in these columns.
 MF_DECLARE_SIMD(void, winograd_results,
                 (const WinogradParams& params, const TimeSegment& segment,
-                 const WinogradLayout& layout, const WinogradTiles& tiles, index_t block,
-                 index_t tile_begin, index_t tile_end, const float* sums))
+                 const WinogradLayout& layout, const WinogradTiles& tiles,
+                 const WinogradColumns& columns, index_t tile_begin, index_t tile_end,
+                 const float* sums))
 
 // --- the weight gradient, the transpose of all this
 // -----------------------------------------------------------

@@ -17,10 +17,16 @@
 //   v4  taps of the next channel asked for;
 //       weights packed by 4 x 4 transposes    123             124 (4.4x)      47 (3.4x)
 //   v5  packed weights kept between calls     125 (4.8x)                      42 (3.9x)
+//   v6  weights of one set at all points at
+//       once, for half as many columns         as v5          as v5           31 (5.4x)
 //
-// What is left: rows of a set are few (32 a thread at 128 channels), so weights stream from the L3
-// cache at 2 bytes a cycle; at 512 channels each transformed weight serves 16 rows, and making it
-// costs half as much as using it.
+// v6 at 512 channels: packed weights were read once for every row of points, six times in all, and
+// went through the time factors anew each time: 784 cycles a channel, row and vector of columns.
+// Now they are read once, and a set costs 214 (150 without memory: 81 sums, and 36 stores of two
+// cycles). What is left: products at 85 % of the FMA peak (rows of a set are few), transforms of
+// sources and results.
+#include <utility>
+
 #include "causal_conv3d/tile.h"
 #include "causal_conv3d/winograd.h"
 #include "causal_conv3d/winograd_points.h"
@@ -30,56 +36,43 @@ namespace magvit_fast {
 namespace MF_ISA {
 namespace {
 
-constexpr int kTileRows = 6;
+// Rows of a register tile: narrow ones are as large as wide ones.
+constexpr int tile_rows(int vectors) { return vectors <= kVectors / 2 ? 12 : 6; }
+constexpr int kMostRows = 12;
+constexpr int kPackedVectors = 2;  // of a block of packed weights
 constexpr index_t kChain = kWinogradChain;
-
-index_t block_columns(const WinogradParams& p, index_t block) {
-  const index_t whole = kVectors * kLanes, left = p.produce - block * whole;
-  return left < whole ? round_up(left, index_t{kLanes}) : whole;
-}
 
 // --- weights
 // -------------------------------------------------------------------------------------------------
 
-// Rows [row_begin, row_end) of points, for one input channel and one vector of columns.
+constexpr index_t kTapsAhead = 2;  // channels: L3 and memory are some hundred cycles away
+
+// One input channel and one vector of columns: its taps with the factors of a set, then all points.
 template <int M>
-void transform_taps(const WinogradParams& p, const WinogradLayout& layout, const float* taps,
-                    index_t step, index_t row_begin, index_t row_end, float* to) {
+void transform_taps(const WinogradParams& p, const float* factors, const float* taps, index_t step,
+                    index_t row_begin, index_t row_end, float* to, index_t point_step) {
   constexpr int N = M + 2;
-  const float* next = taps + p.kernel_t * 9 * step;  // the next channel's, as far as memory is away
-  for (index_t tap = 0; tap < p.kernel_t * 9; ++tap) __builtin_prefetch(next + tap * step);
-  for (index_t row = row_begin; row < row_end; ++row) {
-    vf column[kMaxTimeTaps][3];  // this row of points along height, of every tap in time
-    for (index_t kt = 0; kt < p.kernel_t; ++kt) {
-      MF_UNROLL
-      for (int kw = 0; kw < 3; ++kw) {
-        vf sum = {};
-        MF_UNROLL
-        for (int kh = 0; kh < 3; ++kh) {
-          const int tap = p.mirrored ? 8 - (kh * 3 + kw) : kh * 3 + kw;
-          sum += splat(Winograd<M>::kRows[row][kh]) * load(taps + (kt * 9 + tap) * step);
-        }
-        column[kt][kw] = sum;
-      }
+  vf g[9] = {}, half[N * 3];
+  for (index_t kt = 0; kt < p.kernel_t; ++kt) {
+    if (factors[kt] == 0.0f) continue;
+    const vf factor = splat(factors[kt]);
+    const float* frame = taps + (kt * 9 + (p.mirrored ? 8 : 0)) * step;
+    const index_t next = kTapsAhead * p.kernel_t * 9 * step;
+    MF_UNROLL
+    for (int tap = 0; tap < 9; ++tap, frame += p.mirrored ? -step : step) {
+      __builtin_prefetch(frame + next);
+      g[tap] += factor * load(frame);
     }
-    float* first = to + (row - row_begin) * N * layout.weight_point;
-    for (index_t set = 0; set < p.sets.count; ++set) {  // the next vector's lines, far apart
-      MF_UNROLL
-      for (int j = 0; j < N; ++j)
-        __builtin_prefetch(first + j * layout.weight_point + set * layout.weight_set + kLanes, 1);
-    }
-    for (index_t set = 0; set < p.sets.count; ++set) {
-      vf g[3] = {}, u[N];
-      for (index_t kt = 0; kt < p.kernel_t; ++kt) {
-        const vf factor = splat(p.sets.taps[set][kt]);
-        MF_UNROLL
-        for (int kw = 0; kw < 3; ++kw) g[kw] += factor * column[kt][kw];
-      }
-      Winograd<M>::template weights<1, 1>(g, u);
-      float* out = first + set * layout.weight_set;
-      MF_UNROLL
-      for (int j = 0; j < N; ++j) store(out + j * layout.weight_point, u[j]);
-    }
+  }
+  MF_UNROLL
+  for (int kw = 0; kw < 3; ++kw) Winograd<M>::template weights<3, 3>(g + kw, half + kw);
+  MF_UNROLL
+  for (int row = 0; row < N; ++row) {
+    if (row < row_begin || row >= row_end) continue;
+    vf u[N];
+    Winograd<M>::template weights<1, 1>(half + row * 3, u);
+    MF_UNROLL
+    for (int j = 0; j < N; ++j) store(to + ((row - row_begin) * N + j) * point_step, u[j]);
   }
 }
 
@@ -117,76 +110,71 @@ void multiply_rows(const Rows& r) {
 
 typedef void (*RowsFunction)(const Rows&);
 
-template <int NV>
-RowsFunction pick_rows(index_t rows) {
-  switch (rows) {
-    case 1:
-      return multiply_rows<1, NV>;
-    case 2:
-      return multiply_rows<2, NV>;
-    case 3:
-      return multiply_rows<3, NV>;
-    case 4:
-      return multiply_rows<4, NV>;
-    case 5:
-      return multiply_rows<5, NV>;
-    default:
-      return multiply_rows<6, NV>;
-  }
+template <int NV, std::size_t... MR>
+void pick_rows(RowsFunction* function, std::index_sequence<MR...>) {
+  ((function[MR + 1] = multiply_rows<MR + 1, NV>), ...);
 }
 
-RowsFunction pick_rows(index_t vectors, index_t rows) {
-  switch (vectors) {
-    case 1:
-      return pick_rows<1>(rows);
-    case 2:
-      return pick_rows<2>(rows);
-    default:
-      break;
+// function[r]: of r rows, up to tile_rows(vectors).
+void pick_rows(index_t vectors, RowsFunction* function) {
+  const auto pick = [&](auto constant) {
+    constexpr int NV = decltype(constant)::value;
+    pick_rows<NV>(function, std::make_index_sequence<tile_rows(NV)>());
+  };
+  if (vectors == 1) return pick(std::integral_constant<int, 1>());
+  if (vectors == 2) return pick(std::integral_constant<int, 2>());
+  if constexpr (kVectors == 4) {
+    if (vectors == 3) return pick(std::integral_constant<int, 3>());
+    return pick(std::integral_constant<int, 4>());
   }
-  if constexpr (kVectors == 4) return vectors == 3 ? pick_rows<3>(rows) : pick_rows<4>(rows);
-  return nullptr;
 }
 
 }  // namespace
 
-void winograd_weights(const WinogradParams& p, const WinogradLayout& layout, index_t block,
-                      index_t row_begin, index_t row_end, index_t first, index_t begin, index_t end,
-                      float* weights) {
-  const index_t columns = block_columns(p, block), taps = p.kernel_t * 9;
-  const float* packed =
-      p.packed + block * kVectors * kLanes * taps * p.reduce;  // whole blocks before
-  for (index_t k = begin; k < end; ++k)
-    for (index_t c = 0; c < columns; c += kLanes) {
-      const float* from = packed + k * taps * columns + c;
-      float* to = weights + (k - first) * columns + c;
-      if (p.m == 4)
-        transform_taps<4>(p, layout, from, columns, row_begin, row_end, to);
-      else
-        transform_taps<2>(p, layout, from, columns, row_begin, row_end, to);
-    }
+void winograd_weights(const WinogradParams& p, const WinogradLayout& layout,
+                      const WinogradColumns& columns, index_t set, index_t row_begin,
+                      index_t row_end, index_t begin, index_t end, float* weights) {
+  const index_t whole = kPackedVectors * kLanes, taps = p.kernel_t * 9;
+  for (index_t first = 0; first < columns.width; first += whole) {
+    const index_t left = columns.width - first, width = left < whole ? left : whole;
+    const float* packed = p.packed + (columns.first + first) * taps * p.reduce;
+    for (index_t k = begin; k < end; ++k)
+      for (index_t c = 0; c < width; c += kLanes) {
+        const float* from = packed + k * taps * width + c;
+        float* to = weights + (k - begin) * columns.width + first + c;
+        if (p.m == 4)
+          transform_taps<4>(p, p.sets.taps[set], from, width, row_begin, row_end, to,
+                            layout.weight_point);
+        else
+          transform_taps<2>(p, p.sets.taps[set], from, width, row_begin, row_end, to,
+                            layout.weight_point);
+      }
+  }
 }
 
 void winograd_products(const WinogradParams& p, const TimeSegment& segment,
-                       const WinogradLayout& layout, index_t block, index_t point_begin,
-                       index_t point_end, index_t begin, index_t end, const float* sources,
-                       const float* weights, float* sums) {
-  const index_t columns = block_columns(p, block);
-  RowsFunction function[kTileRows + 1] = {};
-  for (index_t m = 1; m <= kTileRows; ++m) function[m] = pick_rows(columns / kLanes, m);
-  for (index_t point = point_begin; point < point_end; ++point)
+                       const WinogradLayout& layout, const WinogradColumns& columns,
+                       index_t set_begin, index_t set_end, index_t row_begin, index_t row_end,
+                       index_t begin, index_t end, const float* sources, const float* weights,
+                       float* sums) {
+  const index_t vectors = columns.width / kLanes, most = tile_rows(static_cast<int>(vectors));
+  const index_t n = p.m + 2;
+  RowsFunction function[kMostRows + 1] = {};
+  pick_rows(vectors, function);
+  for (index_t point = row_begin * n; point < row_end * n; ++point)
     for (index_t i = 0; i < segment.runs; ++i) {
       const TimeRun& run = segment.run[i];
-      const index_t rows = run.count * layout.tiles, tiles = ceil_div(rows, index_t{kTileRows});
+      if (run.set < set_begin || run.set >= set_end) continue;
+      const index_t rows = run.count * layout.tiles, tiles = ceil_div(rows, most);
       const float* from = sources + point * layout.source_point +
                           run.source * layout.tiles * layout.source_row + begin;
-      const float* panel =
-          weights + (point - point_begin) * layout.weight_point + run.set * layout.weight_set;
-      float* to = sums + point * layout.sum_point + run.sum * layout.tiles * columns;
+      const float* panel = weights + (point - row_begin * n) * layout.weight_point +
+                           (run.set - set_begin) * layout.weight_set;
+      float* to = sums + point * layout.sum_point + run.sum * layout.tiles * columns.width;
       for (index_t t = 0; t < tiles; ++t) {
         const index_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
         function[count]({from + first * layout.source_row, layout.source_row, panel, end - begin,
-                         run.add || begin > 0, to + first * columns});
+                         run.add || begin > 0, to + first * columns.width});
       }
     }
 }

@@ -175,18 +175,15 @@ template <class T, int M>
 class Results {
  public:
   Results(const WinogradParams& p, const TimeSegment& segment, const WinogradLayout& layout,
-          index_t block)
-      : p_(p), segment_(segment), layout_(layout) {
-    first_ = block * kVectors * kLanes;
-    channels_ = p.produce - first_ < kVectors * kLanes ? p.produce - first_ : kVectors * kLanes;
-    columns_ = round_up(channels_, index_t{kLanes});
-  }
+          const WinogradColumns& columns)
+      : p_(p), segment_(segment), layout_(layout), columns_(columns) {}
 
   void run(index_t tile, index_t in_group, const float* sums) {
     const Place place = place_of(p_, tile);
-    for (index_t c = 0; c < channels_; c += kLanes) {
-      const int lanes = channels_ - c < kLanes ? static_cast<int>(channels_ - c) : kLanes;
-      const index_t channel = first_ + c;
+    for (index_t c = 0; c < columns_.channels; c += kLanes) {
+      const index_t left = columns_.channels - c;
+      const int lanes = left < kLanes ? static_cast<int>(left) : kLanes;
+      const index_t channel = columns_.first + c;
       vf bias = {};
       if (p_.bias) {
         const T* from = static_cast<const T*>(p_.bias) + channel;
@@ -214,7 +211,7 @@ class Results {
 
  private:
   index_t place_in(std::int32_t sum_row, index_t in_group) const {
-    return (sum_row * layout_.tiles + in_group) * columns_;
+    return (sum_row * layout_.tiles + in_group) * columns_.width;
   }
   void expect(const float* from) const {
     for (int i = 0; i < (M + 2) * (M + 2); ++i) __builtin_prefetch(from + i * layout_.sum_point);
@@ -251,14 +248,14 @@ class Results {
   const WinogradParams& p_;
   const TimeSegment& segment_;
   const WinogradLayout& layout_;
-  index_t first_, channels_, columns_;
+  const WinogradColumns& columns_;
 };
 
 template <class T, int M>
 void results_of(const WinogradParams& p, const TimeSegment& segment, const WinogradLayout& layout,
-                const WinogradTiles& tiles, index_t block, index_t begin, index_t end,
-                const float* sums) {
-  Results<T, M> work(p, segment, layout, block);
+                const WinogradTiles& tiles, const WinogradColumns& columns, index_t begin,
+                index_t end, const float* sums) {
+  Results<T, M> work(p, segment, layout, columns);
   for (index_t i = begin; i < end; ++i) work.run(tiles.first + i, i, sums);
 }
 
@@ -282,11 +279,12 @@ void winograd_sources(const WinogradParams& p, const TimeSegment& segment,
 }
 
 void winograd_results(const WinogradParams& p, const TimeSegment& segment,
-                      const WinogradLayout& layout, const WinogradTiles& tiles, index_t block,
-                      index_t tile_begin, index_t tile_end, const float* sums) {
+                      const WinogradLayout& layout, const WinogradTiles& tiles,
+                      const WinogradColumns& columns, index_t tile_begin, index_t tile_end,
+                      const float* sums) {
   const bool large = p.m == 4;
   const auto run = [&](auto function) {
-    function(p, segment, layout, tiles, block, tile_begin, tile_end, sums);
+    function(p, segment, layout, tiles, columns, tile_begin, tile_end, sums);
   };
   switch (p.target_type) {
     case DType::f32:

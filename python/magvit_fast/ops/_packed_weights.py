@@ -119,6 +119,7 @@ def packed(
         if held_bytes() + nbytes > CACHE_BYTES:
             return None
         form = torch.empty(nbytes, dtype=torch.uint8)
+        _native.core().advise_huge_pages(form.data_ptr(), nbytes)
         pack(form)
         entry.forms[kind] = form
         return form
