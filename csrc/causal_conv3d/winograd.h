@@ -102,11 +102,17 @@ MF_DECLARE_SIMD(void, winograd_sums,
                  index_t tile_begin, index_t tile_end, float* sums))
 
 // Adds what the group of tiles gives to the weights of a block of columns and the channels [begin,
-// end) of the sum, in the form of params.packed. `weights` is memory of the thread: a row of points
-// of layout.weight_point floats.
+// end) of the sum, in the form of params.packed. `weights` is memory of the thread: the points of a
+// set, of layout.weight_point floats.
 MF_DECLARE_SIMD(void, winograd_add_weights,
                 (const WinogradParams& params, const TimeSegment& segment,
                  const WinogradLayout& layout, index_t block, index_t begin, index_t end,
                  const float* sources, const float* sums, float* weights, float* packed))
+
+// The taps of the channels [begin, end) of x, [channel][tap][column], to dweight [out channel][in
+// channel][tap] of type `target_type`.
+MF_DECLARE_SIMD(void, winograd_unpack,
+                (const WinogradParams& params, const WinogradColumns& columns, index_t begin,
+                 index_t end, const float* taps, void* dweight))
 
 }  // namespace magvit_fast

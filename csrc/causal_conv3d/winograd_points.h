@@ -19,8 +19,6 @@ struct Winograd;
 
 template <>
 struct Winograd<2> {
-  static constexpr float kRows[4][3] = {{1, 0, 0}, {1, 1, 1}, {1, -1, 1}, {0, 0, 1}};  // of weights
-
   template <int S, int R>
   static inline __attribute__((always_inline)) void sources(const vf* d, vf* v) {
     v[0 * R] = d[2 * S] - d[0 * S];
@@ -62,8 +60,6 @@ template <>
 struct Winograd<4> {
   static constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
   static constexpr float p = -2.0f / 3.0f, q = 1.0f / 6.0f;
-  static constexpr float kRows[6][3] = {{1, 0, 0}, {1, a, 0.5f}, {1, -a, 0.5f},
-                                        {1, b, 2}, {1, -b, 2},   {0, 0, 1}};  // of weights
 
   template <int S, int R>
   static inline __attribute__((always_inline)) void sources(const vf* d, vf* v) {

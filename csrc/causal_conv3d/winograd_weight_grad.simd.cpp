@@ -4,7 +4,7 @@
 //
 // The transpose of the forward pass: gradients of a tile go to the points, sources and gradients of
 // all rows that share a set of weights are multiplied, and what comes out of the points goes back
-// to the taps. A row of points at a time, so that its weights stay in the L2 cache.
+// to the taps. A set of weights at a time, so that all its points stay in the L2 cache.
 #include "causal_conv3d/tile.h"
 #include "causal_conv3d/winograd.h"
 #include "causal_conv3d/winograd_points.h"
@@ -149,34 +149,55 @@ RowsFunction pick_rows(index_t vectors, index_t scalars) {
   return nullptr;
 }
 
-// One channel of the sum and one vector of columns: a row of points joins the taps.
+// One channel of the sum and one vector of columns: a set's weights at all points join the taps.
 template <int M>
-void add_to_taps(const WinogradParams& p, const WinogradLayout& layout, const bool* present,
-                 index_t row, const float* weights, float* taps, index_t step) {
+void add_to_taps(const WinogradParams& p, const float* factors, const float* weights,
+                 index_t point_step, float* taps, index_t step) {
   constexpr int N = M + 2;
-  vf column[kMaxTimeTaps][3] = {};
-  for (index_t set = 0; set < p.sets.count; ++set) {
-    if (!present[set]) continue;
-    vf u[N], g[3];
+  vf half[N * 3], g[9];
+  MF_UNROLL
+  for (int i = 0; i < N; ++i) {
+    vf u[N];
     MF_UNROLL
-    for (int j = 0; j < N; ++j)
-      u[j] = load(weights + j * layout.weight_point + set * layout.weight_set);
-    Winograd<M>::template from_weights<1, 1>(u, g);
-    for (index_t kt = 0; kt < p.kernel_t; ++kt) {
-      const vf factor = splat(p.sets.taps[set][kt]);
-      MF_UNROLL
-      for (int kw = 0; kw < 3; ++kw) column[kt][kw] += factor * g[kw];
+    for (int j = 0; j < N; ++j) u[j] = load(weights + (i * N + j) * point_step);
+    Winograd<M>::template from_weights<1, 1>(u, half + i * 3);
+  }
+  MF_UNROLL
+  for (int kw = 0; kw < 3; ++kw) Winograd<M>::template from_weights<3, 3>(half + kw, g + kw);
+  for (index_t kt = 0; kt < p.kernel_t; ++kt) {
+    if (factors[kt] == 0.0f) continue;
+    const vf factor = splat(factors[kt]);
+    MF_UNROLL
+    for (int tap = 0; tap < 9; ++tap) {
+      float* to = taps + (kt * 9 + tap) * step;
+      store(to, load(to) + factor * g[tap]);
     }
   }
-  for (index_t kt = 0; kt < p.kernel_t; ++kt)
-    for (int kh = 0; kh < 3; ++kh) {
-      const vf factor = splat(Winograd<M>::kRows[row][kh]);
-      MF_UNROLL
-      for (int kw = 0; kw < 3; ++kw) {
-        float* to = taps + ((kt * 3 + kh) * 3 + kw) * step;
-        store(to, load(to) + factor * column[kt][kw]);
-      }
+}
+
+// --- from the taps to the result
+// -------------------------------------------------------------------------
+
+constexpr index_t kUnpackChannels = 16;  // a vector of columns of these stays in the L1 cache
+
+template <class T>
+void unpack(const WinogradParams& p, const WinogradColumns& columns, index_t begin, index_t end,
+            const float* from, T* dweight) {
+  const index_t taps = p.kernel_t * 9;
+  float line[kUnpackChannels * kMaxTimeTaps * 9];
+  for (index_t k = begin; k < end; k += kUnpackChannels) {
+    const index_t count = (end - k < kUnpackChannels ? end - k : kUnpackChannels) * taps;
+    for (index_t c = 0; c < columns.channels; ++c) {
+      for (index_t i = 0; i < count; ++i) line[i] = from[i * columns.width + c];
+      T* to = dweight + ((columns.first + c) * p.reduce + k) * taps;
+      index_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) store(to + i, load(line + i));
+      if (i < count)
+        store_some(to + i, load_some(line + i, static_cast<int>(count - i)),
+                   static_cast<int>(count - i));
     }
+    from += count * columns.width;
+  }
 }
 
 }  // namespace
@@ -201,36 +222,49 @@ void winograd_sums(const WinogradParams& p, const TimeSegment& segment,
 void winograd_add_weights(const WinogradParams& p, const TimeSegment& segment,
                           const WinogradLayout& layout, index_t block, index_t begin, index_t end,
                           const float* sources, const float* sums, float* weights, float* packed) {
-  const index_t columns = BlockOf(p, block).columns, taps = p.kernel_t * 9, n = p.m + 2;
+  const index_t columns = BlockOf(p, block).columns, taps = p.kernel_t * 9;
   const index_t channels = end - begin, parts = ceil_div(channels, index_t{kTileRows});
   float* out = packed + (block * kVectors * kLanes * p.reduce + begin * columns) * taps;
-  bool present[32] = {};
-  for (index_t i = 0; i < segment.runs; ++i) present[segment.run[i].set] = true;
-  for (index_t row = 0; row < n; ++row) {
-    for (index_t j = 0; j < n; ++j)
-      for (index_t i = 0; i < segment.runs; ++i) {
-        const TimeRun& run = segment.run[i];
-        const index_t point = row * n + j;
+  for (index_t set = 0; set < p.sets.count; ++set) {
+    bool present = false;
+    for (index_t i = 0; i < segment.runs; ++i) {
+      const TimeRun& run = segment.run[i];
+      if (run.set != set) continue;
+      for (index_t point = 0; point < winograd_points(p.m); ++point) {
         const float* a = sources + point * layout.source_point +
                          run.source * layout.tiles * layout.source_row + begin;
         const float* b = sums + point * layout.sum_point + run.sum * layout.tiles * columns;
-        float* to = weights + j * layout.weight_point + run.set * layout.weight_set;
-        const bool add = i > 0 && segment.run[i - 1].set == run.set;
+        float* to = weights + point * layout.weight_point;
         for (index_t t = 0; t < parts; ++t) {
           const index_t first = channels * t / parts, count = channels * (t + 1) / parts - first;
           pick_rows(columns / kLanes, count)({a + first, b, run.count * layout.tiles,
-                                              layout.source_row, add, to + first * columns});
+                                              layout.source_row, present, to + first * columns});
         }
       }
+      present = true;
+    }
+    if (!present) continue;
     for (index_t k = 0; k < channels; ++k)
       for (index_t c = 0; c < columns; c += kLanes) {
         const float* from = weights + k * columns + c;
         float* to = out + k * taps * columns + c;
         if (p.m == 4)
-          add_to_taps<4>(p, layout, present, row, from, to, columns);
+          add_to_taps<4>(p, p.sets.taps[set], from, layout.weight_point, to, columns);
         else
-          add_to_taps<2>(p, layout, present, row, from, to, columns);
+          add_to_taps<2>(p, p.sets.taps[set], from, layout.weight_point, to, columns);
       }
+  }
+}
+
+void winograd_unpack(const WinogradParams& p, const WinogradColumns& columns, index_t begin,
+                     index_t end, const float* taps, void* dweight) {
+  switch (p.target_type) {
+    case DType::f32:
+      return unpack(p, columns, begin, end, taps, static_cast<float*>(dweight));
+    case DType::bf16:
+      return unpack(p, columns, begin, end, taps, static_cast<bf16_t*>(dweight));
+    case DType::f16:
+      return unpack(p, columns, begin, end, taps, static_cast<f16_t*>(dweight));
   }
 }
 
