@@ -93,8 +93,8 @@ struct Conv3dPacking {
 namespace cpu {
 MF_DECLARE_CAUSAL_CONV3D
 
-// All of up to 4 KiB, 64 words from end to end of more, mixed: who writes past torch's version counter
-// changes it.
+// All of up to 4 KiB, 64 words from end to end of more, mixed: who writes past torch's version
+// counter changes it.
 std::uint64_t causal_conv3d_weight_mark(const void* weight, std::size_t bytes,
                                         const ExecContext& ctx);
 }  // namespace cpu

@@ -188,23 +188,23 @@ void write(const WeightGradItem& item, const Plan& plan, const Sides& sides, int
   }
 }
 
-}  // namespace
+enum class GradEngine { winograd, grouped, point, direct };
 
-std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
-  if (grouped_weight_grad_serves(shape, ctx.isa)) return grouped_weight_grad_workspace(shape, ctx);
-  if (winograd_serves(shape, ConvOp::weight_grad, ctx.isa))
-    return winograd_weight_grad_workspace(shape, ctx);
-  if (point_grad_serves(shape)) return point_grad_workspace(shape, ctx);
+// Asked by the measuring of the workspace and by the work in it, which must agree.
+GradEngine engine_for(const Conv3dShape& s, int isa) {
+  if (winograd_serves(s, ConvOp::weight_grad, isa)) return GradEngine::winograd;
+  if (grouped_weight_grad_serves(s, isa)) return GradEngine::grouped;
+  return point_grad_serves(s) ? GradEngine::point : GradEngine::direct;
+}
+
+std::size_t direct_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
   Workspace workspace(nullptr);
   make_plan(Sides(shape, ctx.isa), {shape, nullptr, nullptr, nullptr, nullptr, nullptr}, ctx,
             workspace);
   return workspace.bytes();
 }
 
-void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
-  if (winograd_serves(p.shape, ConvOp::weight_grad, ctx.isa)) return winograd_weight_grad(p, ctx);
-  if (grouped_weight_grad_serves(p.shape, ctx.isa)) return grouped_weight_grad(p, ctx);
-  if (point_grad_serves(p.shape)) return point_grad(p, ctx);
+void direct_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
   check(p.shape.w.source * p.shape.in_channels < (index_t{1} << 31),
         "causal_conv3d: a row of x has more than 2^31 elements");
   Workspace workspace(p.workspace);
@@ -227,6 +227,35 @@ void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContex
       for (index_t k = 0; k < c.item_sums; ++k) sums[k] += sums[slice * c.item_sums + k];
     write(item_of(plan, i, 0, ctx.isa), plan, sides, ctx.isa, sums, p.dweight);
   });
+}
+
+}  // namespace
+
+std::size_t causal_conv3d_weight_grad_workspace(const Conv3dShape& shape, const ExecContext& ctx) {
+  switch (engine_for(shape, ctx.isa)) {
+    case GradEngine::winograd:
+      return winograd_weight_grad_workspace(shape, ctx);
+    case GradEngine::grouped:
+      return grouped_weight_grad_workspace(shape, ctx);
+    case GradEngine::point:
+      return point_grad_workspace(shape, ctx);
+    case GradEngine::direct:
+      break;
+  }
+  return direct_workspace(shape, ctx);
+}
+
+void causal_conv3d_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
+  switch (engine_for(p.shape, ctx.isa)) {
+    case GradEngine::winograd:
+      return winograd_weight_grad(p, ctx);
+    case GradEngine::grouped:
+      return grouped_weight_grad(p, ctx);
+    case GradEngine::point:
+      return point_grad(p, ctx);
+    case GradEngine::direct:
+      return direct_weight_grad(p, ctx);
+  }
 }
 
 }  // namespace magvit_fast::cpu
