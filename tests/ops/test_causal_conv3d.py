@@ -354,6 +354,17 @@ def test_autocast() -> None:
     assert dx.dtype == torch.float32
 
 
+def test_a_default_device_elsewhere_changes_nothing() -> None:
+    x, weight = torch.randn(1, 16, 3, 8, 8, requires_grad=True), torch.randn(16, 16, 3, 3, 3)
+    with torch.device("meta"):
+        for _ in range(2):  # the second time packed weights are kept
+            y = ops.causal_conv3d(x, weight, impl="native")
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    again = ops.causal_conv3d(x, weight.clone(), impl="native")
+    assert_equal(y, again)
+    assert_equal(dx, torch.autograd.grad(again.sum(), x)[0])
+
+
 def test_inference_mode() -> None:
     x, weight = torch.randn(1, 4, 3, 5, 5), torch.randn(6, 4, 3, 3, 3)
     with torch.inference_mode():

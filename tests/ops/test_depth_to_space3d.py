@@ -58,6 +58,19 @@ def test_by_definition(impl: str) -> None:
         assert_equal(y[:, :, t, h, w], expected)
 
 
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+def test_the_result_is_dense_in_the_memory_format_of_x(
+    impl: str, layout: torch.memory_format
+) -> None:
+    x = torch.randn(2, 24, 3, 2, 3).contiguous(memory_format=layout)
+    y = mf.depth_to_space3d(x, 2, drop_first=1, impl=impl)
+    assert y.is_contiguous(memory_format=layout)
+    assert y.untyped_storage().nbytes() == y.nbytes  # nothing dropped is kept alive
+    cut = mf.depth_to_space3d(x[:, :, 1:], 2, impl=impl)
+    assert cut.is_contiguous(memory_format=layout)
+
+
 @given(
     factor=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
     channels=st.integers(1, 20),

@@ -106,6 +106,21 @@ def test_inference_mode_and_autocast(op: Callable[..., Tensor]) -> None:
     torch.testing.assert_close(result.to(expected.dtype), expected, rtol=0.02, atol=0.02)
 
 
+@every_op
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_a_default_device_elsewhere_changes_nothing(op: Callable[..., Tensor], impl: str) -> None:
+    x = _x().requires_grad_(op is not _nearest)
+
+    def results() -> list[Tensor]:
+        y = op(x, impl=impl)
+        return [y, *torch.autograd.grad(y.sum(), x)] if y.requires_grad else [y]
+
+    with torch.device("meta"):
+        elsewhere = results()
+    for value, expected in zip(elsewhere, results(), strict=True):
+        assert torch.equal(value, expected)
+
+
 @floating_ops
 def test_gradients_to_second_order(op: Callable[..., Tensor]) -> None:
     x = torch.randn(2, 8, 2, 4, 6, dtype=torch.float64, requires_grad=True)

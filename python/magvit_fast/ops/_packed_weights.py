@@ -87,8 +87,8 @@ def held_bytes(on_device: bool = False) -> int:
 
 def _state(weight: Tensor, mark: Callable[[int, int], int]) -> tuple[Any, ...]:
     return (
-        weight.untyped_storage()._cdata, weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride(),
-        mark(weight.data_ptr(), weight.nbytes),
+        weight.untyped_storage()._cdata, weight.data_ptr(), weight._version, weight.dtype,
+        weight.shape, weight.stride(), mark(weight.data_ptr(), weight.nbytes),
     )  # fmt: skip
 
 

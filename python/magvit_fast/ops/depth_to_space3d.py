@@ -32,14 +32,16 @@ def reference(x: Tensor, factor: Sequence[int], drop_first: int) -> Tensor:
     st, sh, sw = factor
     b, deep, t, h, w = x.shape
     c = deep // (st * sh * sw)
-    if x.stride(1) == 1:  # channels-last
+    last = is_channels_last(x)
+    if last:
         y = x.permute(0, 2, 3, 4, 1).reshape(b, t, h, w, st, sh, sw, c)
         y = y.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t * st, h * sh, w * sw, c)
         y = y.permute(0, 4, 1, 2, 3)
     else:
         y = x.reshape(b, st, sh, sw, c, t, h, w)
         y = y.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(b, c, t * st, h * sh, w * sw)
-    return y[:, :, drop_first:]
+    y = y[:, :, drop_first:]
+    return channels_last(y) if last else y.contiguous()
 
 
 # --- schema and fake --------------------------------------------------------------------------
