@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import magvit_fast as mf
 from magvit_fast.cli.clips import iter_clips
+from magvit_fast.cli.runtime import several_processes
 from magvit_fast.data.synthetic import render_clip
 from magvit_fast.data.video import read_video, write_video
 from magvit_fast.metrics import (
@@ -290,6 +292,27 @@ def test_in_two_processes(cli: Callable, models: Any, folder: Path, network: str
         assert facts[name] == (
             pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
         ), name
+
+
+def test_processes_wait_for_each_other_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their shares of the files take hours, and differ; the slowest must not cost the others' work."""
+    made: list[dict[str, Any]] = []
+
+    class State:
+        process_index, num_processes = 1, 2
+
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+
+        def destroy_process_group(self) -> None:
+            made.append({})
+
+    monkeypatch.setattr("accelerate.PartialState", State)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with several_processes(torch.device("cpu")) as processes:
+        assert (processes.rank, processes.count) == (1, 2)
+    assert made[0]["timeout"] > timedelta(days=1)
+    assert len(made) == 2
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -290,6 +291,34 @@ def test_divergence_stops_with_a_clear_error(tmp_path):
     )
     with pytest.raises(MagvitFastError, match=r"no longer finite; lower optimizer\.learning_rate"):
         train_tokenizer(recipe, progress=False)
+
+
+def test_the_newest_checkpoint_is_finite(tmp_path, monkeypatch):
+    """Between two lines of the log checkpoints of a diverged run would push out the good ones."""
+    finish_step, calls = TokenizerTrainer.finish_step, []
+
+    def spoiled(self):
+        values = finish_step(self)
+        calls.append(0)
+        if len(calls) == 4:
+            next(self.tokenizer.parameters()).data.view(-1)[0] = float("nan")
+        return values
+
+    monkeypatch.setattr(TokenizerTrainer, "finish_step", spoiled)
+    recipe = tokenizer_recipe(
+        tmp_path, steps=20, log_every=20, checkpoint_every=2, keep_checkpoints=1,
+        loss=TokenizerLossWeights(adversarial=0.0),
+    )  # fmt: skip
+    with pytest.raises(MagvitFastError, match=r"step 4: .* no longer finite; lower optimizer"):
+        train_tokenizer(recipe, progress=False)
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert kept.name == "step-00000002"
+
+
+def test_processes_wait_for_each_other_for_days(tmp_path):
+    """The shares of a data set that they tokenize take hours, and differ."""
+    accelerator = new_accelerator(tokenizer_recipe(tmp_path).run)
+    assert accelerator.init_handler.timeout > timedelta(days=1)
 
 
 def test_an_output_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch):

@@ -132,7 +132,9 @@ def several_processes(device: torch.device) -> Iterator[Processes]:
         from accelerate import PartialState
     except ImportError as error:
         raise MissingExtraError("accelerate", "train", "working in several processes") from error
-    state = PartialState(cpu=device.type == "cpu")
+    from magvit_fast.metrics.gather import PATIENCE  # it loads torch.distributed
+
+    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     try:
         own = device if device.type == "cpu" else state.device
         yield Processes(state.process_index, state.num_processes, own)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+# How long processes wait for each other. Shares of files take as long as the files are, and torch's
+# own 10 or 30 minutes would throw away what the faster processes have; launchers end the others when
+# one process fails.
+PATIENCE = timedelta(days=14)
 
 
 def from_all_processes(value: T) -> list[T]:

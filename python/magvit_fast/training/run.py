@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from magvit_fast.data.atomic import check_writable
 from magvit_fast.data.order import BatchOrder
 from magvit_fast.errors import MagvitFastError, MissingExtraError
+from magvit_fast.metrics.gather import PATIENCE
 from magvit_fast.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from magvit_fast.training.config import OptimizerConfig, RunConfig
 from magvit_fast.training.schedules import warmup_cosine
@@ -48,6 +50,7 @@ def new_accelerator(config: RunConfig) -> Any:
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
         raise MissingExtraError("accelerate", "train", "training") from error
     check_writable(Path(config.output) / "training")
@@ -59,6 +62,7 @@ def new_accelerator(config: RunConfig) -> Any:
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=config.output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
@@ -175,6 +179,12 @@ class Run:
         return step
 
     def _save(self, step: int, modules: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+        """Only what a run can go on from: the newest checkpoints push out the older ones."""
+        states = [modules.state_dict(), *optimizer.state.values()]
+        tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+        damaged = torch.stack([_not_finite(v).to(self.accelerator.device) for v in tensors]).any()
+        if self.accelerator.reduce(damaged.float(), reduction="sum") > 0:
+            raise _diverged(step, "the state of weights or optimizer")
         save_checkpoint(
             self.accelerator,
             self.output / "checkpoints",
@@ -200,11 +210,7 @@ class Run:
             if not (math.isfinite(value) or (skipped and name.endswith("gradient_norm")))
         ]
         if bad:
-            raise MagvitFastError(
-                f"step {step}: {', '.join(bad)} is no longer finite; lower "
-                "optimizer.learning_rate or use mixed_precision = 'no', and start again in another "
-                "run.output"
-            )
+            raise _diverged(step, ", ".join(bad))
         scalars["learning_rate"] = float(optimizer.param_groups[0]["lr"])
         if self.config.tensorboard:
             if not self.accelerator.trackers:
@@ -243,6 +249,19 @@ class _Labeled:
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
+
+
+def _diverged(step: int, what: str) -> MagvitFastError:
+    return MagvitFastError(
+        f"step {step}: {what} is no longer finite; lower optimizer.learning_rate or use "
+        "mixed_precision = 'no', and start again in another run.output"
+    )
+
+
+def _not_finite(value: Tensor) -> Tensor:
+    """bool scalar; of sharded weights, about this process's share."""
+    local: Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return ~torch.isfinite(local).all()
 
 
 def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
