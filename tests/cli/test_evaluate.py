@@ -21,6 +21,7 @@ import magvit_fast as mf
 from magvit_fast.cli.clips import iter_clips
 from magvit_fast.cli.runtime import several_processes
 from magvit_fast.data.synthetic import render_clip
+from magvit_fast.data.tokens import TokenHeader, write_index
 from magvit_fast.data.video import read_video, write_video
 from magvit_fast.metrics import (
     C3DLogits,
@@ -230,6 +231,61 @@ def test_classes_are_those_of_the_real_clips(
     assert "psnr" not in facts
 
 
+@pytest.fixture
+def seen_classes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The classes that samples were asked for."""
+    seen: list[int] = []
+    generate = mf.generate
+
+    def watched(*models: Any, **options: Any) -> Tensor:
+        seen.extend(options["class_id"] or ())
+        return generate(*models, **options)
+
+    monkeypatch.setattr(mf, "generate", watched)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens", "videos"])
+def test_a_part_of_the_classes_keeps_its_numbers(
+    cli: Callable, models: Any, folder: Path, tmp_path: Path, seen_classes: list[int], kind: str
+) -> None:
+    """Alone, the folder box would be class 0."""
+    source = tmp_path / "classes"
+    if kind == "text":
+        source.write_text("ball\nbox\n\n")
+    elif kind == "tokens":
+        write_index(
+            source, TokenHeader("", 6, (1, 1, 1), (1, 8, 8)), [], class_names=("ball", "box")
+        )
+    else:
+        source = folder
+    words = ("evaluate", folder / "box", *models.both, "--task", "class_frame_prediction", *FEW)
+    result = cli(*words, "--classes", source)
+    assert result.status == 0, result.err
+    assert seen_classes == [1, 1]
+
+
+def test_classes_that_are_not_the_models(
+    fails: Callable, models: Any, folder: Path, tmp_path: Path
+) -> None:
+    words = ("evaluate", folder / "box", *models.both, "--task")
+    line = fails(*words, "class_frame_prediction")
+    assert "the transformer's 2 classes, got 1 (the folders of the files)" in line
+    names = tmp_path / "names.txt"
+    for text, message in (
+        ("ball\nbox\ncat", "the names of the transformer's 2 classes, got 3"),
+        ("ball\ncat", "its folder is the name of no class that"),
+        ("box\nbox", "names a class twice"),
+        ("", "names no classes"),
+    ):
+        names.write_text(text)
+        assert message in fails(*words, "class_frame_prediction", "--classes", names)
+    line = fails(*words, "class_frame_prediction", "--classes", tmp_path / "none")
+    assert "none: cannot be read" in line
+    assert "no classes; leave" in fails(*words, "frame_prediction", "--classes", names)
+    assert "no classes; leave" in fails("evaluate", folder, *models.both, "--classes", names)
+
+
 def test_compared_at_another_size(
     cli: Callable, models: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +420,12 @@ def test_tasks_and_protocols_that_do_not_fit(
         (tmp_path / name).mkdir()
         (tmp_path / name / "v.mp4").symlink_to(folder / "ball" / "0.mp4")
     line = fails("evaluate", tmp_path, *models.both, "--task", "class_frame_prediction")
-    assert "there are 3 of them, but the transformer knows 2 classes" in line
+    assert "the transformer's 2 classes, got 3 (the folders of the files)" in line
+    for task in (("--task", "frame_prediction"), ("--prediction",)):
+        line = fails(*words, *task, "--frames", "5")
+        assert "--frames: the models make clips of 9 frames, got 5; leave it out" in line
+        line = fails(*words, *task, "--size", "16x24")
+        assert "--size: the models make clips of 16x16 pixels, got 16x24; leave it out" in line
     line = fails("evaluate", folder / "box" / "4.mp4", *models.both, "--task", "frame_prediction")
     assert "too short: a clip takes 9 frames, found 4" in line
     (tmp_path / "empty").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import magvit_fast as mf
 from magvit_fast.data.synthetic import render_clip
 from magvit_fast.data.tokens import load_tokens
 from magvit_fast.data.video import probe, read_video, write_video
-from magvit_fast.metrics import psnr
+from magvit_fast.metrics import get_protocol, psnr
 from magvit_fast.models import (
     FrameTokenizer,
     load_transformer,
@@ -91,6 +92,20 @@ def test_prediction_under_its_protocol_with_the_recorded_actions(
     )  # fmt: skip
     values = psnr(made, real).view(2, 2).amax(0)  # the same two clips twice
     assert facts["psnr"] == pytest.approx(float(values.mean()), rel=1e-4)
+
+
+def test_protocols_of_fewer_frames_take_as_many_actions(
+    cli: Callable, maskvit_pair: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows may then end nearer to the end of a file than the model's clips would."""
+    short = dataclasses.replace(get_protocol("bair-maskvit"), frames=4, windows=6)
+    monkeypatch.setattr("magvit_fast.cli.generation_quality.get_protocol", lambda name: short)
+    words = ("evaluate", folder, *maskvit_pair, "--protocol", "bair-maskvit", "--steps", "2")
+    result = cli(*words, "--generated", "12", "--batch", "12", "--json")
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    assert facts["shape"] == [4, 16, 16]
+    assert facts["real_clips"] == 12
 
 
 def test_missing_actions(fails: Callable, maskvit_pair: list[str], clip: str) -> None:

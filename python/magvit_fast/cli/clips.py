@@ -11,6 +11,24 @@ from torch import Tensor
 
 from magvit_fast.data.video import iter_frames, read_video
 from magvit_fast.errors import FileFormatError
+from magvit_fast.tasks import ClipGeometry
+
+
+def check_shape(frames: int | None, size: tuple[int, int] | None, geometry: ClipGeometry) -> None:
+    """--frames and --size beside models that make clips of one shape: nothing, or that shape.
+
+    Raises ValueError for any other.
+    """
+    height, width = geometry.height, geometry.width
+    if frames not in (None, geometry.frames):
+        raise ValueError(
+            f"--frames: the models make clips of {geometry.frames} frames, got {frames}; leave it out"
+        )
+    if size not in (None, (height, width)):
+        raise ValueError(
+            f"--size: the models make clips of {height}x{width} pixels, got "
+            f"{'x'.join(map(str, size or ()))}; leave it out"
+        )
 
 
 def read_clip(path: str | Path, shape: tuple[int, int, int], start: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import magvit_fast as mf
 from magvit_fast.cli import generation_quality
-from magvit_fast.cli.clips import copy_last, iter_clips
+from magvit_fast.cli.clips import check_shape, copy_last, iter_clips
 from magvit_fast.cli.generate import add_decoding_options, decoding_options
 from magvit_fast.cli.measures import (
     add_network_options,
@@ -74,11 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--frames", type=positive_int, metavar="N",
-        help="of a clip (default: 17; 16 for MAGVIT); 1 takes images too",
+        help="of a clip (default: 17; 16 for MAGVIT; else the models'); 1 takes images too",
     )  # fmt: skip
     parser.add_argument(
-        "--size", type=frame_size, default=(64, 64), metavar="N|HxW", help="default 64"
-    )
+        "--size", type=frame_size, metavar="N|HxW",
+        help="default 64; the models' with --prediction, --task and --protocol",
+    )  # fmt: skip
     parser.add_argument(
         "--clips", type=positive_int, help="at most so many a file (default: all; --task: 1)"
     )
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> Outcome | None:
                 files, tokenizer, transformer, args, processes.device, processes
             )
         else:
+            if args.classes is not None:
+                raise ValueError("--classes: reconstruction has no classes; leave it out")
             facts = _reconstruction(files, tokenizer, args, processes)
             text = _text(facts)
         facts |= {"impl": implementation(processes.device), "device": str(processes.device)}
@@ -135,7 +138,7 @@ def _reconstruction(
 ) -> dict[str, Any]:
     """Every file belongs to one process; what they found is joined in the order of the files."""
     device, predict = processes.device, None
-    shape = (args.frames or (17 if tokenizer.config.causal else 16), *args.size)
+    shape = (args.frames or (17 if tokenizer.config.causal else 16), *(args.size or (64, 64)))
     if args.prediction:
         shape, predict = _predictor(tokenizer, args, device)
     networks = load_networks(args, device, shape[0])
@@ -164,6 +167,7 @@ def _predictor(
 ) -> tuple[tuple[int, int, int], Predict]:
     transformer = load_transformer(args.transformer, device)
     geometry = clip_geometry(tokenizer, transformer)
+    check_shape(args.frames, args.size, geometry)
     task = get_task("frame_prediction")
     assert isinstance(task, FrameTask)
     given = task.num_first(geometry)

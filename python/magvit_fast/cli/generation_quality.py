@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 import magvit_fast as mf
+from magvit_fast.cli.classes import class_names
+from magvit_fast.cli.clips import check_shape
 from magvit_fast.cli.generate import decoding_options
 from magvit_fast.cli.measures import load_networks, measure_rows, named_networks
 from magvit_fast.cli.progress import progress
@@ -51,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--protocol", choices=tuple(PROTOCOLS),
         help="how a published figure is measured: clips, counts, decoding, what is compared",
+    )  # fmt: skip
+    group.add_argument(
+        "--classes", metavar="PATH",
+        help="tasks with a class: the transformer's tokens, training folder or a text file, which tell "
+        "the order of its classes (default: the folders of the files are all of them)",
     )  # fmt: skip
     group.add_argument("--generated", type=positive_int, metavar="N", help="samples a repeat")
     group.add_argument("--repeats", type=positive_int, help="folds for mean and spread")
@@ -166,6 +173,7 @@ def _job(
     device: torch.device,
 ) -> _Job:
     geometry = clip_geometry(tokenizer, transformer)
+    check_shape(args.frames, args.size, geometry)
     protocol = _protocol(args, geometry)
     task = _task(args, protocol)
     options = decoding_options(args)
@@ -185,13 +193,10 @@ def _job(
     span = frames if ahead or not task.has_condition else max(frames, geometry.frames)
     classes: list[str] = []
     if task.class_conditional:
-        classes = sorted({file.parent.name for file in files})
         known = getattr(transformer.config, "num_classes", 0)  # MaskViT has none
-        if len(classes) > known:
-            raise ValueError(
-                f"--task: {task.name} takes the files' folders for classes: there are "
-                f"{len(classes)} of them, but the transformer knows {known} classes"
-            )
+        classes = class_names(args.classes, files, known)
+    elif args.classes is not None:
+        raise ValueError(f"--classes: {task.name} has no classes; leave it out")
     protocol = dataclasses.replace(protocol, frames=frames)
     return _Job(
         tokenizer,
@@ -267,6 +272,7 @@ def _samples(job: _Job, batch: Sequence[ClipRequest], number: int) -> tuple[Tens
         if job.task.class_conditional
         else None,
         actions=actions,
+        frames=job.span,
         **(job.options | {"seed": job.options["seed"] + _SEED_STEP * number}),
     ).float()
     frames = job.protocol.frames
@@ -274,9 +280,9 @@ def _samples(job: _Job, batch: Sequence[ClipRequest], number: int) -> tuple[Tens
 
 
 def _actions(job: _Job, request: ClipRequest) -> Tensor:
-    """[frames, A]: the rows of a clip's frames, from the array beside its file."""
+    """[span, A]: the rows of a clip's frames, from the array beside its file."""
     rows = read_actions(job.files[request.video], job.facts[request.video].frames)
-    return rows[request.start : request.start + job.geometry.frames]
+    return rows[request.start : request.start + job.span]
 
 
 def _compared_size(job: _Job) -> tuple[int, int]:

@@ -269,6 +269,18 @@ def write_index(
     atomic_write_text(Path(folder) / INDEX, json.dumps(content, indent=1) + "\n")
 
 
+def read_class_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The classes of a set of tokens in the order of their numbers; none of one without labels.
+
+    Raises FileFormatError where the folder is no finished set.
+    """
+    path = Path(folder) / INDEX
+    try:
+        return tuple(str(name) for name in _read_index(path)["class_names"])
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, f"bad entry: {error}") from error
+
+
 class TokenClips:
     """Reader of a folder of shards, addressed by draws as in clips.py (epoch plays no part).
 
