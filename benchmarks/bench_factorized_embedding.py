@@ -1,4 +1,8 @@
-"""factorized_embedding, forward + backward, against two F.embedding, an add and a where."""
+"""factorized_embedding, forward and forward + backward, against plain PyTorch.
+
+torch: an F.embedding a sub-token, added; torch_bag: all sub-tokens in one F.embedding_bag over one table, each
+with the offset of its own. Both put the mask's row in by a where.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,17 @@ def _torch(ids: Tensor, weight: Tensor, mask: Tensor, vector: Tensor) -> Tensor:
     return torch.where(mask.unsqueeze(-1), vector, out)
 
 
-@pytest.mark.parametrize("impl", ["native", "torch"])
+def _torch_bag(ids: Tensor, weight: Tensor, mask: Tensor, vector: Tensor) -> Tensor:
+    groups, values, dim = weight.shape
+    places = torch.arange(groups)
+    rows = (
+        (ids.unsqueeze(-1) >> (values.bit_length() - 1) * places) & (values - 1)
+    ) + values * places
+    out = F.embedding_bag(rows.view(-1, groups), weight.view(-1, dim), mode="sum")
+    return torch.where(mask.unsqueeze(-1), vector, out.view(*ids.shape, dim))
+
+
+@pytest.mark.parametrize("impl", ["native", "torch", "torch_bag"])
 @pytest.mark.parametrize("work", ["forward", "forward_backward"])
 @pytest.mark.parametrize(
     "problem", problems("factorized_embedding", "bench"), ids=lambda p: p["name"]
@@ -47,7 +61,7 @@ def test_factorized_embedding(
             return mf.factorized_embedding(
                 ids, weight, mask=mask, mask_embedding=vector, impl="native"
             )
-        return _torch(ids, weight, mask, vector)
+        return (_torch_bag if impl == "torch_bag" else _torch)(ids, weight, mask, vector)
 
     def both() -> object:
         return torch.autograd.grad(forward(), leaves, upstream)
