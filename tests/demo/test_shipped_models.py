@@ -33,11 +33,10 @@ def facts() -> dict:
     return json.loads((FOLDER / "demo.json").read_text(encoding="utf-8"))
 
 
-def _through_h264(seed: int | None, folder: Path) -> Tensor:
-    """A scene, written as H.264 and read back: [1, 3, 17, 64, 64]. None: the demo's."""
-    frames = demo_clip(17) if seed is None else render_clip(seed)
+def _through_h264(folder: Path) -> Tensor:
+    """The demo's scene, written as H.264 and read back: [1, 3, 17, 64, 64]."""
     path = folder / "clip.mp4"
-    write_video(path, torch.from_numpy(frames).permute(3, 0, 1, 2), 8.0, crf=12.0)
+    write_video(path, torch.from_numpy(demo_clip(17)).permute(3, 0, 1, 2), 8.0, crf=12.0)
     return read_video(path, frames=17).unsqueeze(0)
 
 
@@ -76,20 +75,28 @@ def test_models_are_their_presets(models: Models) -> None:
 
 
 def test_the_demo_s_promise(models: Models, facts: dict, tmp_path: Path) -> None:
-    reconstruction, gain = _scores(models, _through_h264(None, tmp_path), facts["decoding"])
+    # The file differs a little from one writing to the next: x264's rate control by macroblock trees
+    # reads memory that it has not written. 0.1 dB of the reconstruction, 0.2 of the gain.
+    reconstruction, gain = _scores(models, _through_h264(tmp_path), facts["decoding"])
+    stated = facts["demo_clip"]
     assert reconstruction >= 26.0
+    assert reconstruction == pytest.approx(stated["psnr_reconstruction"], abs=0.3)
     assert gain >= 1.5
+    assert gain == pytest.approx(stated["gain_over_copying"], abs=0.5)
 
 
-def test_other_held_out_scenes_score_as_stated(models: Models, facts: dict, tmp_path: Path) -> None:
-    scores = torch.tensor(
-        [
-            _scores(models, _through_h264(seed, tmp_path), facts["decoding"])
-            for seed in HELD_OUT_SEEDS[1:7]
-        ]
-    )
-    mean, stated = scores.mean(0), facts["held_out"]
-    assert mean[0] >= 26.0
-    assert mean[0] == pytest.approx(stated["psnr_reconstruction"], abs=1.5)
-    assert mean[1] >= 1.5
-    assert mean[1] == pytest.approx(stated["gain_over_copying"], abs=1.5)
+# PSNR of the reconstruction and gain over copying of scenes as they are rendered, in no file: the same
+# on every instruction set and by the references. A token or two may fall elsewhere on other processors.
+SCENES = [
+    (28.540, 4.275), (28.187, 1.100), (26.233, 2.896), (29.253, 2.346), (26.670, 3.893),
+    (27.493, 3.669),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scene", "expected"), [*enumerate(SCENES, start=1)])
+def test_other_held_out_scenes(
+    models: Models, facts: dict, scene: int, expected: tuple[float, float]
+) -> None:
+    frames = torch.from_numpy(render_clip(HELD_OUT_SEEDS[scene]))
+    video = frames.permute(3, 0, 1, 2).unsqueeze(0) / 255
+    assert _scores(models, video, facts["decoding"]) == pytest.approx(expected, abs=0.2)

@@ -112,12 +112,11 @@ def test_outputs_and_losses(golden: Golden, file: str, clip: str, device: torch.
         assert largest(to_channels_last(tokenizer.decode(ids)), expected_video) < 1e-5
 
 
+@pytest.mark.parametrize("implementation", ["reference"], indirect=True)  # float64 has no other
 @pytest.mark.parametrize(("file", "clip"), CLIPS)
 def test_float64_is_the_ports_float64(
-    golden: Golden, file: str, clip: str, device: torch.device, implementation: str
+    golden: Golden, file: str, clip: str, device: torch.device
 ) -> None:
-    if implementation != "reference":
-        return  # float64 has one implementation
     arrays = golden(file)
     tokenizer = model(arrays, device).double()
     load_praxis(tokenizer, arrays)
@@ -199,7 +198,17 @@ def test_trace_of_every_module(golden: Golden, file: str, clip: str, device: tor
 
 
 @pytest.mark.parametrize(("file", "clip"), WITH_GRADIENTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        ("auto", torch.float32),
+        ("reference", torch.float32),
+        ("reference", torch.float64),  # has no other
+        pytest.param("cuda", torch.float32, marks=pytest.mark.cuda),
+        pytest.param("cuda", torch.float64, marks=pytest.mark.cuda),
+    ],
+    indirect=["implementation"],
+)
 def test_gradients_of_the_whole_model(
     golden: Golden, file: str, clip: str, device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -211,16 +220,19 @@ def test_gradients_of_the_whole_model(
     loss = 5 * (out.reconstruction - video).square().mean() + out.losses["quantizer"]
     loss.backward()
 
-    bound = 1e-3 if dtype == torch.float32 else 1e-6
+    # The entropies see the rounding of z through exp(400 z): what they hand to the encoder is off by
+    # 5e-4 in plain float32, too. test_magvit_v2_kernels holds the encoder to a budget without them.
+    encoder, decoder = (1e-3, 1e-5) if dtype == torch.float32 else (1e-6, 1e-6)
     stored = f"{clip}/grad"
     assert abs(float(loss.detach()) - float(arrays[f"{stored}/loss.f64"])) < 1e-5
     expected = arrays[f"{stored}/dvideo.f64run"]
     assert video.grad is not None
-    assert largest(to_channels_last(video.grad), expected) < bound * np.abs(expected).max()
+    assert largest(to_channels_last(video.grad), expected) < encoder * np.abs(expected).max()
     for slot in praxis_slots(tokenizer):
         grad = tokenizer.get_parameter(slot.name).grad
         assert grad is not None, slot.path
         here = to_port(slot, grad)
+        bound = decoder if slot.name.startswith("decoder.") else encoder
         there = f"{stored}/param/{slot.path}"
         norm = float(arrays[f"{there}/norm.f64"])
         assert abs(float(np.linalg.norm(here.astype(np.float64))) - norm) < bound * norm, slot.path
