@@ -258,6 +258,14 @@ def _tf32() -> Iterator[None]:
 def _embedding_rows(batch: int = 8) -> Iterator[Row]:
     import magvit_fast as mf
 
+    def bag(ids: Tensor, weight: Tensor) -> Tensor:
+        groups, values, dim = weight.shape
+        places = torch.arange(groups, device=ids.device)
+        bits = values.bit_length() - 1
+        rows = ((ids.unsqueeze(-1) >> bits * places) & (values - 1)) + values * places
+        out = F.embedding_bag(rows.view(-1, groups), weight.view(-1, dim), mode="sum")
+        return out.view(*ids.shape, dim)
+
     plain = functools.partial(mf.factorized_embedding, impl="reference")
     native = functools.partial(mf.factorized_embedding, impl="native")
     for backward in (False, True):
@@ -280,7 +288,8 @@ def _embedding_rows(batch: int = 8) -> Iterator[Row]:
         yield Row(
             f"factorized_embedding {batch}x1280 2x512x1024 bfloat16 {'both passes' if backward else 'forward'}",
             make,
-            {"sum of embeddings": functools.partial(run, backward=backward, lookup=plain)},
+            {"sum of embeddings": functools.partial(run, backward=backward, lookup=plain),
+             "embedding_bag": functools.partial(run, backward=backward, lookup=bag)},
             functools.partial(run, backward=backward, lookup=native),
             bytes=batch * 1280 * 1024 * 2.0 * (3 if backward else 1), compiled=compiled,
         )  # fmt: skip
@@ -290,9 +299,25 @@ def _torch_remask(logits: Tensor, tokens: Tensor, unknown: Tensor, count: Tensor
     """One step of masked decoding as a PyTorch user writes it, with torch's own random numbers."""
     x = logits.float()
     picks = (x - torch.empty_like(x).exponential_().log()).argmax(-1, keepdim=True)
-    log_prob = x.log_softmax(-1).gather(-1, picks).squeeze(-1).sum(-1)
+    return _ranked(picks, x.log_softmax(-1).gather(-1, picks), tokens, unknown, count)
+
+
+def _inverse_remask(logits: Tensor, tokens: Tensor, unknown: Tensor, count: Tensor) -> Any:
+    """The same with one random number a row, found in the running sum of the probabilities."""
+    p = logits.float().softmax(-1)
+    through = p.cumsum(-1)
+    share = torch.rand_like(through[..., :1]) * through[..., -1:]
+    picks = torch.searchsorted(through, share, right=True).clamp_(max=logits.shape[-1] - 1)
+    return _ranked(picks, p.gather(-1, picks).log(), tokens, unknown, count)
+
+
+def _ranked(
+    picks: Tensor, log_picked: Tensor, tokens: Tensor, unknown: Tensor, count: Tensor
+) -> Any:
+    """The picks as tokens, and the `count` least confident ones, which stay unknown."""
+    log_prob = log_picked.squeeze(-1).sum(-1)
     confidence = log_prob - 4.5 * torch.empty_like(log_prob).exponential_().log()
-    shifts = 9 * torch.arange(logits.shape[2], device=logits.device)
+    shifts = 9 * torch.arange(picks.shape[2], device=picks.device)
     new_tokens = torch.where(unknown, (picks.squeeze(-1) << shifts).sum(-1), tokens)
     rank = torch.where(unknown, confidence, torch.inf).argsort(-1).argsort(-1)
     return new_tokens, (rank < count.unsqueeze(1)) & unknown
@@ -313,7 +338,8 @@ def _remask_rows() -> Iterator[Row]:
 
         yield Row(
             f"confidence_remask {batch}x1280 2x512 bfloat16", make,
-            {"softmax, Gumbel, argsort": _torch_remask},
+            {"softmax, Gumbel, argsort": _torch_remask,
+             "softmax, cumsum, searchsorted": _inverse_remask},
             lambda logits, tokens, unknown, count: mf.confidence_remask(
                 logits, tokens, unknown, num_unknown=count, choice_temperature=4.5, impl="native"
             ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu_models, gpu_rows, gpu_session
+from benchmarks import gpu_fused, gpu_models, gpu_rows, gpu_session
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEM = {
@@ -42,6 +42,36 @@ def test_ways_of_a_convolution_agree(
     difference = gpu_session._difference(row, row.ours, inputs)
     assert difference is not None
     assert difference < 1e-5
+
+
+def test_ways_of_small_ops_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gpu_fused, gpu_rows):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    rows = [*gpu_fused.norm_rows([("64 3x4x5", 2)]), *gpu_rows._embedding_rows(1)]
+    assert [len(row.ways) for row in rows] == [1, 1, 1, 2, 2]
+    for row in rows:
+        inputs = row.make()
+        assert row.ours is not None
+        actual = gpu_session._first(row.ours(*inputs))
+        for name, way in row.ways.items():
+            expected = gpu_session._first(way(*inputs))
+            torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0.1, msg=name)
+
+
+def test_both_ways_of_remasking_keep_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_rows, "DEVICE", "cpu")
+    row = next(gpu_rows._remask_rows())
+    logits, tokens, unknown, count = row.make()
+    sure = torch.full_like(logits, -30.0).scatter_(
+        -1, torch.tensor(5).expand(*logits.shape[:3], 1), 30.0
+    )
+    assert len(row.ways) == 2
+    for way in row.ways.values():
+        new, still = way(sure, tokens, unknown, count)
+        assert torch.equal(new[~unknown], tokens[~unknown])
+        assert set(new[unknown].tolist()) == {5 + (5 << 9)}
+        assert still.sum() == count[0]
+        assert not (still & ~unknown).any()
 
 
 def test_work_counts_taps_that_read_frames() -> None:
