@@ -25,8 +25,7 @@ def _groups_are_faster(
     channels = (weight.shape[1], weight.shape[0] // groups)
     if 2 * max(channels) <= _LANES[_native.ISA_LEVELS[_native.isa()]]:
         # Forward alone oneDNN is ahead where little is computed for what is read.
-        depthwise = weight.dtype == torch.bfloat16 and max(channels) == 1
-        return gradients or not (depthwise or max(stride) > 1)
+        return gradients or (max(channels) > 1 and max(stride) == 1)
     winograd = weight.shape[3:] == (3, 3) and max(*stride, *dilation) == 1
     return min(channels) >= _WIDE_GROUP[winograd, weight.dtype == torch.float32]
 
