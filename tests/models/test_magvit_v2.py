@@ -418,12 +418,23 @@ def test_pixels_that_are_no_numbers(value: float) -> None:
         list(stream)
 
 
+def test_encode_keeps_nothing_for_a_gradient() -> None:
+    """Ids have none; decode and forward have one."""
+    model, video = MagvitV2Tokenizer(TINY).double(), clip(1, 3, 5, 8, 8)
+    seen: list[bool] = []
+    model.encoder.register_forward_hook(lambda _m, _a, z: seen.append(z.requires_grad))
+    ids = model.encode(video.requires_grad_())
+    assert model.decode(ids).requires_grad
+    assert model(video).reconstruction.requires_grad
+    assert seen == [False, True]
+
+
 def test_encode_and_decode_compile_without_a_graph_break() -> None:
     model = MagvitV2Tokenizer(MagvitV2Config(4, (1, 2), (True,), 1, 4)).double()
     video = clip(1, 3, 3, 4, 4)
+    ids = torch.compile(model.encode, fullgraph=True, backend="eager")(video)
+    assert torch.equal(ids, model.encode(video))
     with torch.no_grad():
-        ids = torch.compile(model.encode, fullgraph=True, backend="eager")(video)
-        assert torch.equal(ids, model.encode(video))
         decoded = torch.compile(model.decode, fullgraph=True, backend="eager")(ids)
         torch.testing.assert_close(decoded, model.decode(ids))
 

@@ -68,8 +68,11 @@ class VideoTokenizer(PretrainedMixin):
         reconstruction = self._pixels(self.decoder(quantized.quantized))
         return TokenizerOutput(reconstruction, quantized.ids, z, quantized.losses)
 
+    @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, C, T, H, W] in [0, 1] -> ids int64 [B, T', H', W'].
+
+        Integers have no gradient, so that no activation is kept for one; `forward` has it.
 
         Raises:
             TypeError: the video is no floating-point Tensor.
