@@ -161,6 +161,8 @@ def use_native(op: str, impl: str, obstacle: str | None, *, slower: bool = False
     chosen = _default_impl if impl == "auto" else impl
     if chosen == "reference":
         return False
+    if obstacle is None and torch._C._are_functorch_transforms_active():
+        obstacle = "torch.func's transforms have no rule for the kernels' gradients"
     if obstacle is None:
         return not (slower and chosen == "auto")
     if chosen == "native":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from magvit_fast import _native
 from magvit_fast.nn.blocks import ResBlock3d
 from magvit_fast.nn.norm import GroupNormSiLU
 from magvit_fast.nn.recompute import checkpointed, norm_then
@@ -52,6 +53,22 @@ def test_second_derivatives() -> None:
         found.append(torch.autograd.grad(dx.square().sum(), [x, *block.parameters()]))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_transforms_of_torch_func(impl: _native.Impl) -> None:
+    """They have no rule for the kernels' gradients and refuse hooks: the plain reference serves them."""
+    block, x = ResBlock3d(8, 8), _input(8)
+    expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+    parameters = {name: p.detach() for name, p in block.named_parameters()}
+
+    def value(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(block, parameters, (x,)).square().sum()
+
+    with _native.default_impl(impl):
+        dx, rest = torch.func.grad(value, (0, 1))(x.detach(), parameters)
+    for a, b in zip([dx, *rest.values()], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_results_of_norms_are_not_kept() -> None:

@@ -61,7 +61,8 @@ def norm_then(
     y = norm(x, statistics)
     if not (torch.is_grad_enabled() and y.requires_grad) or torch.compiler.is_compiling():
         return layer(y, *more)
-    if _keep_plainly.get():
+    # torch.func's transforms refuse hooks on what is kept
+    if _keep_plainly.get() or torch._C._are_functorch_transforms_active():
         return layer(y, *more)
     address, size = y.data_ptr(), y.shape
 
