@@ -51,6 +51,18 @@ def count_passes(model: AutoregressiveTransformer) -> list[int]:
     return seen
 
 
+def test_guidance_is_not_rounded_to_bfloat16() -> None:
+    model, seen = make(subtoken_size=256).bfloat16(), []
+    model.register_forward_hook(lambda _m, _a, logits: seen.append(logits[:, -1, 0].double()))
+    settings = AutoregressiveDecoding(temperature=0.0, guidance=Guidance(3.0))
+    tokens = decode_autoregressive(model, settings, class_id=torch.tensor([0, 1, 2]))
+    conditional, unconditional = (torch.stack(seen[i::2], 1) for i in (0, 1))
+    exact = conditional + 3.0 * (conditional - unconditional)
+    rounded = conditional.bfloat16() + 3.0 * (conditional - unconditional).bfloat16()
+    assert (rounded.argmax(-1) != exact.argmax(-1)).any()
+    assert torch.equal(tokens, exact.argmax(-1))
+
+
 @pytest.mark.parametrize("subtokens", [1, 2])
 @pytest.mark.parametrize("condition", [False, True])
 def test_cached_logits_are_the_uncached_ones(subtokens: int, condition: bool) -> None:

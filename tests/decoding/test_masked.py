@@ -273,6 +273,19 @@ def test_guidance_moves_the_distribution() -> None:
     assert share(Guidance(0.0)) < share(Guidance(11.0, "cosine_power")) <= 1.0
 
 
+def test_guidance_is_not_rounded_to_bfloat16() -> None:
+    shape, generator = (2, 1, 400, 1, 16), torch.Generator().manual_seed(0)
+    pair = (8 * torch.randn(shape, generator=generator)).bfloat16()
+    condition, inside = torch.zeros(1, 400, dtype=torch.int64), torch.zeros(400, dtype=torch.bool)
+    tokens = decode_masked(
+        lambda *_: pair[0], condition, inside,
+        MaskedDecoding(steps=1, temperature=0.0, guidance=Guidance(3.0)),
+        predict_unconditional=lambda *_: pair[1],
+    )  # fmt: skip
+    exact = pair[0].double() + 3.0 * (pair[0].double() - pair[1].double())
+    assert torch.equal(tokens, exact.argmax(-1)[..., 0])
+
+
 def test_guidance_of_zero_saves_the_second_pass() -> None:
     def fail(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         raise AssertionError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from magvit_fast.decoding.masked import check_sampling, cut_noise
+from magvit_fast.decoding.masked import check_sampling, cut_noise, guided
 from magvit_fast.decoding.schedules import Guidance
 from magvit_fast.models.autoregressive_transformer import AutoregressiveTransformer
 from magvit_fast.nn.embedding import pack_subtokens
@@ -80,7 +80,7 @@ def decode_autoregressive(
     free = {**prefix, "class_id": None}
     if unconditional_prompt_id is not None:
         free["prompt_id"] = unconditional_prompt_id
-    guided = settings.guidance.scale > 0
+    guide = settings.guidance.scale > 0
     cache, free_cache = (transformer.new_cache() if settings.cached else None for _ in range(2))
     tokens = torch.zeros(batch, config.num_tokens, dtype=torch.int64, device=device)
     index = torch.arange(batch * shape[2] * shape[3], device=device).view(batch, 1, *shape[2:])
@@ -88,9 +88,9 @@ def decode_autoregressive(
         # without a cache all tokens so far, and token i itself, which is not looked at
         given = tokens[:, : i + 1] if cache is None else tokens[:, max(0, i - 1) : i]
         logits = transformer(given, **prefix, cache=cache)[:, -1:]  # [B, 1, G, V]
-        if guided:  # in every pass, whatever the scale: its cache needs all tokens
+        if guide:  # in every pass, whatever the scale: its cache needs all tokens
             other = transformer(given, **free, cache=free_cache)[:, -1:]
-            logits = logits + settings.guidance.at((i + 1) / config.num_tokens) * (logits - other)
+            logits = guided(logits, other, settings.guidance.at((i + 1) / config.num_tokens))
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if settings.temperature > 0:
             values = (

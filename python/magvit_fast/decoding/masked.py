@@ -131,7 +131,7 @@ def masked_decoding_steps(
         logits = predict(shown, unknown & ~inside)
         scale = settings.guidance.at(progress)
         if predict_unconditional is not None and scale > 0:
-            logits = logits + scale * (logits - predict_unconditional(tokens, unknown))
+            logits = guided(logits, predict_unconditional(tokens, unknown), scale)
         tokens, unknown = remask(
             logits,
             tokens,
@@ -149,6 +149,17 @@ def masked_decoding_steps(
         yield DecodingState(k, tokens, unknown)
         if isinstance(count, int) and count == 0:
             return
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """conditional + scale * (conditional - unconditional), in float32 at least.
+
+    In bfloat16 the difference, many times over, would be rounded to the spacing of the logits: values
+    that are not equally likely would tie.
+    """
+    if conditional.dtype != torch.float64:
+        conditional = conditional.float()
+    return conditional + scale * (conditional - unconditional)
 
 
 def _unknown_after(settings: MaskedDecoding, unknown: Tensor) -> list[int | Tensor]:
