@@ -280,6 +280,7 @@ def test_a_hook_between_norm_and_activation_keeps_them_apart() -> None:
     [
         (nn.ConvTranspose3d(2, 2, 3), "transposed"),
         (nn.Conv3d(2, 2, 3, dtype=torch.complex64), "complex"),
+        (nn.LazyConv3d(2, 3), "not initialized; run the model once"),
     ],
 )
 def test_what_is_not_served_is_left_alone(module: nn.Module, reason: str) -> None:

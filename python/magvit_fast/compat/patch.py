@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from magvit_fast.compat import folding, native, routing, verification
 
@@ -63,6 +64,8 @@ class PatchReport:
 # --- recognition ------------------------------------------------------------------------------
 def _conv_kind(module: Any) -> tuple[type, str | None]:
     """(mixin, obstacle): by `_conv_forward` where it is sure to be called, else by routing."""
+    if isinstance(module, LazyModuleMixin):  # its first call sets its class, ours would be lost
+        return native.NativeConv, "not initialized; run the model once and patch it again"
     if module.weight.is_complex():
         return native.NativeConv, "complex weights"
     base = next(c for c in CONVOLUTIONS if isinstance(module, c))
