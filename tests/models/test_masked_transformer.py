@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -250,6 +251,18 @@ def test_a_smaller_grid_is_the_corner_of_the_positions() -> None:
     same = model.with_grid((3, 4, 5))
     tokens, mask = tiny_batch(model.config)
     assert torch.equal(same(tokens, mask), model(tokens, mask))
+
+
+@pytest.mark.parametrize("positions", ["corner", "interpolate"])
+def test_another_grid_leaves_frozen_parameters_frozen(positions: Literal["corner", "interpolate"]):
+    model = MaskedTransformer(dataclasses.replace(TINY, grid=(3, 4, 5)))
+    model.position_embedding.requires_grad_(False)
+    model.layers.requires_grad_(False)
+    expected = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert len(set(expected.values())) == 2
+    other = model.with_grid((2, 3, 4), positions)
+    for one in (model, other):
+        assert {name: p.requires_grad for name, p in one.named_parameters()} == expected
 
 
 def test_interpolated_positions() -> None:

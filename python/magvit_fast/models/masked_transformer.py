@@ -310,8 +310,8 @@ class MaskedTransformer(TokenTransformer):
             "interpolate": rows interpolated linearly along t, h and w, the grid's outer edges on
                 each other. Any grid; no system was trained this way, so look at the result.
 
-        The new model shares every other parameter with this one (no copy) and is in its mode. The
-        prefix keeps its rows.
+        The new model shares every other parameter with this one (no copy) and is in its mode; what is
+        frozen stays frozen. The prefix keeps its rows.
 
         Raises:
             ValueError: an axis that the corner does not have; another choice; a model with the
@@ -340,10 +340,13 @@ class MaskedTransformer(TokenTransformer):
             cells = volume[0].permute(1, 2, 3, 0).to(weight.dtype)
         state = dict(self.named_parameters())
         state["position_embedding"] = nn.Parameter(
-            torch.cat([weight[:first], cells.reshape(-1, weight.shape[1])])
+            torch.cat([weight[:first], cells.reshape(-1, weight.shape[1])]),
+            self.position_embedding.requires_grad,
         )
         with torch.device("meta"):
             model = MaskedTransformer(config)
+        for name, parameter in model.named_parameters():  # else assigning unfreezes what is shared
+            parameter.requires_grad_(state[name].requires_grad)
         model.load_state_dict(state, assign=True)
         model.set_gradient_checkpointing(self.gradient_checkpointing)
         return model.train(self.training)
