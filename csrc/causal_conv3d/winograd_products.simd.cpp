@@ -25,8 +25,6 @@
 // Now they are read once, and a set costs 214 (150 without memory: 81 sums, and 36 stores of two
 // cycles). What is left: products at 85 % of the FMA peak (rows of a set are few), transforms of
 // sources and results.
-#include <utility>
-
 #include "causal_conv3d/tile.h"
 #include "causal_conv3d/winograd.h"
 #include "causal_conv3d/winograd_points.h"
@@ -110,23 +108,18 @@ void multiply_rows(const Rows& r) {
 
 typedef void (*RowsFunction)(const Rows&);
 
-template <int NV, std::size_t... MR>
-void pick_rows(RowsFunction* function, std::index_sequence<MR...>) {
-  ((function[MR + 1] = multiply_rows<MR + 1, NV>), ...);
+template <int NV, int MR = tile_rows(NV)>
+void pick_rows(RowsFunction* function) {
+  function[MR] = multiply_rows<MR, NV>;
+  if constexpr (MR > 1) pick_rows<NV, MR - 1>(function);
 }
 
 // function[r]: of r rows, up to tile_rows(vectors).
 void pick_rows(index_t vectors, RowsFunction* function) {
-  const auto pick = [&](auto constant) {
-    constexpr int NV = decltype(constant)::value;
-    pick_rows<NV>(function, std::make_index_sequence<tile_rows(NV)>());
-  };
-  if (vectors == 1) return pick(std::integral_constant<int, 1>());
-  if (vectors == 2) return pick(std::integral_constant<int, 2>());
-  if constexpr (kVectors == 4) {
-    if (vectors == 3) return pick(std::integral_constant<int, 3>());
-    return pick(std::integral_constant<int, 4>());
-  }
+  if (vectors == 1) return pick_rows<1>(function);
+  if (vectors == 2) return pick_rows<2>(function);
+  if constexpr (kVectors == 4)
+    return vectors == 3 ? pick_rows<3>(function) : pick_rows<4>(function);
 }
 
 }  // namespace
