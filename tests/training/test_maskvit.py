@@ -244,7 +244,8 @@ def test_mismatches_are_named(tmp_path: Path, tokenizer: Path, robot: Path) -> N
             dataclasses.replace(config, tokenizer=str(tmp_path / "v2")), progress=False
         )
     for change, message in (
-        ({"data": dataclasses.replace(CLIPS, frames=5)}, r"data\.frames: expected at most 4"),
+        ({"data": dataclasses.replace(CLIPS, frames=5)}, r"data\.frames: expected .* = 4.* got 5"),
+        ({"data": dataclasses.replace(CLIPS, frames=3)}, r"data\.frames: expected .* = 4.* got 3"),
         ({"model": dataclasses.replace(SHAPE, action_dim=2)}, r"data\.actions: expected true"),
         ({"task": FutureConfig(4)}, r"task\.given_frames: expected"),
         ({"task": FutureConfig(3, goal=True)}, r"task\.given_frames: expected .* and a goal"),

@@ -61,10 +61,12 @@ class MaskViTTraining:
     )
 
     def __post_init__(self) -> None:
-        if self.data.frames > self.model.frames:
+        if (
+            self.data.frames != self.model.frames
+        ):  # of fewer, generation would use what is untrained
             raise ValueError(
-                f"data.frames: expected at most {self.model.frames}, the model's, "
-                f"got {self.data.frames}"
+                f"data.frames: expected model.frames = {self.model.frames}, whose positions are all "
+                f"trained, got {self.data.frames}"
             )
         if self.model.action_dim and not self.data.actions:
             raise ValueError(
