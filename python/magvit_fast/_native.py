@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -259,6 +260,10 @@ def default_impl(impl: Impl) -> Iterator[None]:
 
 
 def trace(op: str, **facts: object) -> None:
-    """With MAGVIT_FAST_LOG=1, say what is about to run, before it runs: a crash then leaves evidence."""
+    """With MAGVIT_FAST_LOG=1, say what is about to run, before it runs: a crash then leaves evidence.
+
+    On stderr: what commands print on stdout is read by machines (--json).
+    """
     if LOG and not torch.compiler.is_compiling():
-        print(f"magvit_fast.{op} " + " ".join(f"{k}={v}" for k, v in facts.items()), flush=True)
+        line = f"magvit_fast.{op} " + " ".join(f"{k}={v}" for k, v in facts.items())
+        print(line, file=sys.stderr, flush=True)
