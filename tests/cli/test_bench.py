@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from magvit_fast.cli import bench_model
+from magvit_fast.cli import bench, bench_model
 
 
 def test_bench(cli: Callable, models: Any) -> None:
@@ -28,6 +29,29 @@ def test_bench_of_a_first_generation_tokenizer(cli: Callable, first_generation: 
     result = cli(*words)
     assert result.status == 0, result.err
     assert json.loads(result.out)["shape"] == [1, 3, 16, 16, 16]
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(total, how far it went) of each progress bar."""
+    bars: list[tuple[int, int]] = []
+
+    @contextlib.contextmanager
+    def progress(name: str, total: int, unit: str, *, still: bool) -> Iterator[Callable]:
+        assert still  # nothing draws while something is timed
+        bars.append((total, 0))
+        yield lambda count: bars.append((total, bars.pop()[1] + count))
+
+    for module in (bench, bench_model):
+        monkeypatch.setattr(module, "progress", progress)
+    return bars
+
+
+def test_progress_is_shown(cli: Callable, models: Any, rounds: list[tuple[int, int]]) -> None:
+    words = ("--frames", "5", "--size", "16", "--repeats", "2")
+    assert cli("bench", "--tokenizer", models.tokenizer, *words).status == 0
+    assert cli("bench", "--model", f"{__name__}:Codec", *words).status == 0
+    assert rounds == [(3, 3), (4, 4)]
 
 
 def test_bench_bad_input(fails: Callable, models: Any) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -155,20 +154,23 @@ def test_closed_pipe_is_quiet() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_progress_on_a_terminal_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [[], ["still"]])
+def test_progress_on_a_terminal_only(words: list[str]) -> None:
     import pty
 
     script = (
+        "import sys\n"
         "from magvit_fast.cli.progress import progress\n"
-        "with progress('work', 40, 'frames') as advance:\n"
-        "    for _ in range(40): advance(1)\n"
+        "with progress('work', 40, 'frames', still=len(sys.argv) > 1) as advance:\n"
+        "    for _ in range(4): advance(10)\n"
     )
     pytest.importorskip("rich")
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     done = subprocess.run(
-        [sys.executable, "-c", script], stderr=child, stdout=child, env=environment, check=False
-    )
+        [sys.executable, "-c", script, *words],
+        stderr=child, stdout=child, env=environment, check=False,
+    )  # fmt: skip
     os.close(child)
     shown = os.read(parent, 1 << 16).decode()
     os.close(parent)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from magvit_fast.cli.bench_model import run_model
+from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import (
     Outcome,
     add_tokenizer_option,
@@ -69,8 +70,10 @@ def run(args: argparse.Namespace) -> Outcome:
         frames = args.frames or (17 if tokenizer.config.causal else 16)
         shape = (args.batch, 3, frames, *args.size)
         video = torch.rand(shape, generator=generator).to(device, dtype)
+        with progress("bench", args.repeats + 1, "rounds", still=True) as advance:
+            times = tokenizer_seconds(tokenizer.to(dtype), video, args.repeats, advance)
         facts: dict[str, Any] = {
-            **tokenizer_seconds(tokenizer.to(dtype), video, args.repeats),
+            **times,
             "shape": list(shape),
             "dtype": args.dtype,
             "threads": torch.get_num_threads(),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import magvit_fast as mf
+from magvit_fast.cli.progress import progress
 from magvit_fast.cli.runtime import Outcome
 from magvit_fast.cli.timing import median_seconds, peak_bytes
 from magvit_fast.errors import MissingExtraError
@@ -112,9 +113,12 @@ def compare(
                 if latent is not None and latent.dim() == 5:
                     code = latent.contiguous(memory_format=torch.channels_last_3d)
             candidates |= {prefix + name: run for name, run in parts(which, clip, code).items()}
-        results = {name: run() for name, run in candidates.items()}  # and a warm-up
-        seconds = median_seconds(candidates, video.device, repeats, warm=True)
-        peaks = {name: peak_bytes(run, video.device) for name, run in candidates.items()}
+        with progress("bench", repeats + 2, "rounds", still=True) as advance:
+            results = {name: run() for name, run in candidates.items()}  # and a warm-up
+            advance(1)
+            seconds = median_seconds(candidates, video.device, repeats, warm=True, advance=advance)
+            peaks = {name: peak_bytes(run, video.device) for name, run in candidates.items()}
+            advance(1)
     names = [name.removeprefix("patched ") for name in candidates if name.startswith("patched ")]
     totals = {prefix: sum(seconds[prefix + name] for name in names) for prefix in models}
     before = min((p for p in models if p != "patched "), key=lambda p: totals[p])

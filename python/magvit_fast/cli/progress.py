@@ -11,21 +11,30 @@ Advance = Callable[[int], None]
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int | None, unit: str) -> Iterator[Advance]:
+def progress(
+    description: str, total: int | None, unit: str, *, still: bool = False
+) -> Iterator[Advance]:
     """Yield `advance(n)`, which moves the bar by n of `total` units (None: unknown length).
 
     The bar is drawn by rich if that is installed and stderr is a terminal; otherwise nothing is.
+    still: it is drawn when it moves and not in between, beside what is being timed.
     """
-    bar = _bar(unit) if sys.stderr.isatty() else None
+    bar = _bar(unit, still) if sys.stderr.isatty() else None
     if bar is None:
         yield lambda count: None
         return
     with bar:
         task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            if still:
+                bar.refresh()
+
+        yield advance
 
 
-def _bar(unit: str) -> Any:
+def _bar(unit: str, still: bool) -> Any:
     try:
         from rich.console import Console
         from rich.progress import (
@@ -56,4 +65,5 @@ def _bar(unit: str) -> Any:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        auto_refresh=not still,
     )

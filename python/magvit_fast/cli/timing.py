@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from magvit_fast import _native
+from magvit_fast.cli.progress import Advance
 from magvit_fast.models.tokenizers import VideoTokenizer
 
 _PATIENCE = 30.0  # seconds
@@ -36,14 +37,17 @@ def median_seconds(
     repeats: int,
     *,
     warm: bool = False,
+    advance: Advance | None = None,
 ) -> dict[str, float]:
     """Medians after one warm-up call each; the candidates take turns, so that noise hits all.
 
-    warm: the candidates have run before and need no warm-up call. On a slow machine fewer rounds
-    are made: none starts later than half a minute after the first.
+    warm: the candidates have run before and need no warm-up call. advance: told of every round of
+    them. On a slow machine fewer rounds are made: none starts later than half a minute after the first.
     """
+    advance = advance or (lambda count: None)
     for function in () if warm else candidates.values():
         seconds(function, device)
+    advance(not warm)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
     for turn in range(repeats):
@@ -51,6 +55,7 @@ def median_seconds(
             break
         for name, function in candidates.items():
             samples[name].append(seconds(function, device))
+        advance(1)
     return {name: median(values) for name, values in samples.items()}
 
 
@@ -83,12 +88,15 @@ def _status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def tokenizer_seconds(tokenizer: VideoTokenizer, video: Tensor, repeats: int) -> dict[str, float]:
+def tokenizer_seconds(
+    tokenizer: VideoTokenizer, video: Tensor, repeats: int, advance: Advance | None = None
+) -> dict[str, float]:
     """Medians of encoding and decoding one batch of clips.
 
     Args:
         tokenizer, video: a clip batch [B, 3, T, H, W] on the tokenizer's device.
         repeats: timed calls of each candidate.
+        advance: as in `median_seconds`, repeats + 1 rounds.
 
     Returns:
         encode_seconds, decode_seconds: with the implementation in use.
@@ -126,6 +134,7 @@ def tokenizer_seconds(tokenizer: VideoTokenizer, video: Tensor, repeats: int) ->
         },
         video.device,
         repeats,
+        advance=advance,
     )
     return {
         "encode_seconds": times["encode"],
