@@ -10,7 +10,6 @@ from magvit_fast.data.synthetic import (
     HELD_OUT_SEEDS,
     TRAIN_SEEDS,
     TUNING_SEEDS,
-    SyntheticScenes,
     demo_clip,
     render_clip,
     scene_motion,
@@ -120,25 +119,9 @@ def test_collision_keeps_momentum_and_energy() -> None:
     assert checked >= 5
 
 
-def test_dataset_item_is_the_rendered_clip() -> None:
-    scenes = SyntheticScenes(range(4, 6), frames=5, size=32)
-    assert len(scenes) == 2
-    item = scenes[1]
-    assert item.shape == (3, 5, 32, 32)
-    expected = render_clip(5, 5, 32).astype(np.float32) / 255
-    np.testing.assert_allclose(item.permute(1, 2, 3, 0).numpy(), expected, atol=1e-7)
-    with pytest.raises(IndexError):
-        scenes[2]
-
-
 @pytest.mark.parametrize(
     ("arguments", "name"), [((-1,), "seed"), ((0, 0), "frames"), ((0, 5, 0), "size")]
 )
 def test_bad_arguments_are_named(arguments: tuple[int, ...], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         render_clip(*arguments)
-
-
-def test_empty_seed_range_is_refused() -> None:
-    with pytest.raises(ValueError, match="seeds"):
-        SyntheticScenes(range(0))

@@ -17,9 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -321,22 +318,3 @@ def _check_counts(**counts: int) -> None:
 def demo_clip(frames: int = 33, size: int = 64) -> UInt8Array:
     """The demo's held-out scene, uint8 [T, size, size, 3]."""
     return render_clip(DEMO_SEED, frames, size)
-
-
-class SyntheticScenes(Dataset[Tensor]):
-    """Rendered scenes: item i is scene `seeds[i]`, float32 [3, T, size, size] in [0, 1]."""
-
-    def __init__(self, seeds: range, frames: int = 17, size: int = 64) -> None:
-        if len(seeds) == 0:
-            raise ValueError("seeds must name at least one scene, got an empty range")
-        _check_counts(frames=frames, size=size)
-        self.seeds = seeds
-        self.frames = frames
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def __getitem__(self, index: int) -> Tensor:
-        clip = torch.from_numpy(render_clip(self.seeds[index], self.frames, self.size))
-        return clip.permute(3, 0, 1, 2).contiguous().float().div_(255.0)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from magvit_fast.metrics.gather import from_all_processes
-
 _EPS = 1e-10  # singular values below this are noise; TF-GAN leaves them as they are
 
 
@@ -70,13 +68,6 @@ class FeatureMoments:
         self.scatter += torch.outer(apart, apart) * (self.count * other.count / total)
         self.mean += apart * (other.count / total)
         self.count = total
-
-    def gathered(self) -> FeatureMoments:
-        """The moments over all processes, the same on each (a collective call)."""
-        whole = FeatureMoments()
-        for part in from_all_processes(self):
-            whole.merge(part)
-        return whole
 
     def covariance(self) -> Tensor:
         """float64 [D, D], over n - 1. Raises ValueError for fewer than two samples."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from magvit_fast.metrics.frechet import check_features
-from magvit_fast.metrics.gather import from_all_processes
 
 
 class ClassStatistics:
@@ -42,13 +41,6 @@ class ClassStatistics:
         self.count += other.count
         self.total += other.total
         self.negative_entropy += other.negative_entropy
-
-    def gathered(self) -> ClassStatistics:
-        """The statistics over all processes, the same on each (a collective call)."""
-        whole = ClassStatistics()
-        for part in from_all_processes(self):
-            whole.merge(part)
-        return whole
 
     def score(self) -> float:
         """exp of the mean over x of KL(p(y | x) || p(y)): 1 to K.

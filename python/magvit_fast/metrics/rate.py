@@ -1,7 +1,8 @@
 """Bits per pixel of a token stream: fixed length, and with an entropy coder.
 
 Systems are compared at equal rate; which of the two rates is meant changes the picture, so both
-are named (MAGVIT-v2 has 0.0703 bits per pixel at fixed length and reports 0.0384 after coding).
+are named. (MAGVIT-v2 has 0.0703 bits per pixel at fixed length; its paper compares systems at
+0.0384, and how its tokens get there is not published.)
 """
 
 from __future__ import annotations

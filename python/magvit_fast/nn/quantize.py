@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magvit_fast import ops
+from magvit_fast.nn.embedding import pack_subtokens, unpack_subtokens
 from magvit_fast.ops._checks import values_can_be_read
 
 EntropyKind = Literal["softmax", "argmax"]
@@ -137,15 +138,11 @@ class LFQ(nn.Module):
 
     def split_ids(self, ids: Tensor) -> Tensor:
         """ids [...] -> sub-tokens [..., G], the least significant bits first."""
-        shifts = self.group_bits * torch.arange(self.num_token_groups, device=ids.device)
-        sub_tokens: Tensor = (ids.unsqueeze(-1) >> shifts) & ((1 << self.group_bits) - 1)
-        return sub_tokens
+        return unpack_subtokens(ids, self.num_token_groups, 1 << self.group_bits)
 
     def merge_ids(self, sub_tokens: Tensor) -> Tensor:
         """The inverse of split_ids: [..., G] -> [...]."""
-        shifts = self.group_bits * torch.arange(self.num_token_groups, device=sub_tokens.device)
-        ids: Tensor = (sub_tokens << shifts).sum(-1)
-        return ids
+        return pack_subtokens(sub_tokens, 1 << self.group_bits)
 
     # ---- losses ---------------------------------------------------------------------------------
     def forward(self, z: Tensor, *, with_losses: bool = True) -> LFQOutput:
