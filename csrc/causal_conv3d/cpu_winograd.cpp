@@ -18,7 +18,10 @@ namespace {
 
 constexpr index_t kApartWeights = 24 << 20;  // bytes of transformed weights kept for all threads
 constexpr index_t kApartSources = 4 << 20;   // bytes of a thread's transformed sources
-constexpr index_t kTogetherSources = 16 << 20;
+// Transformed sources of all threads: what the L3 cache holds well beside the weights, and more
+// where a set of weights would serve too few rows to be worth its making.
+constexpr index_t kTogetherSources = 8 << 20, kMostTogetherSources = 16 << 20;
+constexpr index_t kTogetherRows = 32;
 constexpr index_t kTogetherVectors = 2;  // of a panel: 0.3 MB of weights a set with AVX-512
 
 struct Plan : WinogradBase {
@@ -68,7 +71,12 @@ void Plan::choose(const ExecContext& ctx) {
       least(tiles, kApartSources / tile_bytes < 4 ? 4 : kApartSources / tile_bytes);
   together = all_weights > kApartWeights ||
              ceil_div(tiles, apart) * planner.segments() < 2 * ctx.num_threads;
-  index_t most = together ? kTogetherSources / tile_bytes : apart;
+  index_t most = apart;
+  if (together) {
+    const index_t wanted = ceil_div(kTogetherRows * params.sets.count, planner.most_products());
+    most = kTogetherSources / tile_bytes;
+    if (most < wanted) most = least(wanted, kMostTogetherSources / tile_bytes);
+  }
   if (most < 4) most = 4;
   index_t count = ceil_div(tiles, most);
   if (!together) count = round_up(count, index_t{2});
