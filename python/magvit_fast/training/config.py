@@ -1,7 +1,9 @@
 """What a training run is made of: dataclasses, and the strict reader of TOML recipes for them.
 
-A recipe has one table per field below; what it leaves out keeps the default, which is the published
-value where there is one. A table of a model may start from a preset (`preset = "magvit-v2-base"`).
+A recipe has one table per field below; what it leaves out keeps the default, which is MAGVIT-v2's
+published value where there is one, whatever the model's system: recipes of MAGVIT and MaskViT state
+what differs (recipes/magvit-b-*, maskvit-*). A table of a model may start from a preset
+(`preset = "magvit-v2-base"`).
 """
 
 from __future__ import annotations
@@ -192,7 +194,9 @@ class TokenizerTraining:
     images, so that data.frames above 1 only spares the reading of files.
 
     model: of MAGVIT-v2; of MAGVIT where its table says system = "magvit", of MaskViT where it says
-        "maskvit".
+        "maskvit". The other defaults stay MAGVIT-v2's. MAGVIT's released values differ from them in
+        loss.reconstruction = 1, loss.lecam = 0, entropy.anneal_steps = 0 (a constant weight) and
+        discriminator.pooling = "average".
     init_from: a folder or hub id of a tokenizer whose weights this one starts with: one of the same
         layout, or a 2D one (frame_by_frame), whose kernels are inflated.
     init_discriminator_from: the same for the discriminator (`run.output`/discriminator of that run).
