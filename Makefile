@@ -49,8 +49,9 @@ $(VENV)/.compat: $(VENV)/.installed
 	$(PIP) --no-deps magvit2-pytorch
 	@touch $@
 
+# Two processes of one thread each (tests/ops: two, which must not spin while they wait for the other's).
 test: $(VENV)/.compat
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.installed
 	$(PIP) vector-quantize-pytorch

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from magvit_fast import _native
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "python" / "magvit_fast"
@@ -235,15 +237,14 @@ def test_references_work_without_the_compiled_core() -> None:
     assert out.splitlines()[-2:] == ["(1, 2, 2)", "True"]
 
 
-def test_isa_cap_is_read_and_checked() -> None:
-    code = "from magvit_fast import _native; print(_native.ISA_LEVELS[_native.isa()])"
-    assert _fresh(code, MAGVIT_FAST_MAX_ISA="baseline").splitlines()[-1] == "baseline"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env={**os.environ, "MAGVIT_FAST_MAX_ISA": "sse9"},
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert "MAGVIT_FAST_MAX_ISA" in result.stderr
+def test_isa_cap_is_read_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAGVIT_FAST_MAX_ISA", "baseline")
+    assert _native.ISA_LEVELS[_native._initial_isa()] == "baseline"
+    monkeypatch.setenv("MAGVIT_FAST_MAX_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"MAGVIT_FAST_MAX_ISA: expected one of .* got 'sse9'"):
+        _native._initial_isa()
+    monkeypatch.delenv("MAGVIT_FAST_MAX_ISA")
+    assert _native._initial_isa() >= _native.isa()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")

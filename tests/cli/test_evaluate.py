@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import magvit_fast as mf
 from magvit_fast.cli.clips import iter_clips
+from magvit_fast.cli.main import main
 from magvit_fast.cli.runtime import several_processes
 from magvit_fast.data.synthetic import render_clip
 from magvit_fast.data.tokens import TokenHeader, write_index
@@ -324,12 +325,25 @@ def test_a_first_generation_pair(
     assert facts["samples"] == 8
 
 
-def test_in_two_processes(cli: Callable, models: Any, folder: Path, network: str) -> None:
-    """As torchrun starts it: the numbers of one process, written once."""
-    words = [
-        "evaluate", str(folder), *models.both, "--task", "frame_prediction", *FEW, "--batch", "1",
-        "--fvd-features", network, "--device", "cpu",
-    ]  # fmt: skip
+def _in_fork(words: list[str], folder: str) -> None:
+    """One of two processes, which must forget that its parent was alone; stdout goes to a file."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    place = Path(folder) / str(torch.distributed.get_rank())
+    with place.open("w") as out, contextlib.redirect_stdout(out):
+        assert main(words) == 0
+
+
+def _forked(words: list[str], folder: Path) -> str:
+    from accelerate import debug_launcher
+
+    debug_launcher(_in_fork, (words, str(folder)), num_processes=2)
+    return "".join((folder / rank).read_text() for rank in "01")
+
+
+def _torchrun(words: list[str], folder: Path) -> str:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
@@ -338,11 +352,24 @@ def test_in_two_processes(cli: Callable, models: Any, folder: Path, network: str
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    facts, expected = json.loads(done.stdout), json.loads(cli(*words).out)
+    return done.stdout
+
+
+@pytest.mark.parametrize("launch", [_forked, pytest.param(_torchrun, marks=pytest.mark.slow)])
+def test_in_two_processes(
+    cli: Callable, models: Any, folder: Path, network: str, tmp_path: Path,
+    launch: Callable[[list[str], Path], str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The numbers of one process, written once."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # unset, accelerate sets it with a warning
+    words = [
+        "evaluate", str(folder), *models.both, "--task", "frame_prediction", *FEW, "--batch", "1",
+        "--fvd-features", network, "--device", "cpu",
+    ]  # fmt: skip
+    facts, expected = json.loads(launch(words, tmp_path)), json.loads(cli(*words).out)
     assert facts["samples"] == 4
     for name, value in expected.items():
         assert facts[name] == (

@@ -28,6 +28,8 @@ CASES = {
     "no_pads": Case((64, 64), (2, 10, 11), (2, 3, 3), options={"padding": (1, 0, 0, 0, 0, 0)}),
 }
 
+AGAIN = ("whole_tiles", "stride_2_history", "many_pieces")  # run twice in the emulator, too
+
 
 NOT_SERVED = {
     **sm90.NOT_SERVED,
@@ -73,7 +75,8 @@ def test_values(name: str, device: torch.device) -> None:
     with _native.sm90a_kernels():
         assert _engine(case, dtype, device) == "sm90a"
     actual = _native_gradient(inputs, dy, case)
-    assert_equal(_native_gradient(inputs, dy, case), actual, name="the second run")
+    if device.type == "cuda" or name in AGAIN:
+        assert_equal(_native_gradient(inputs, dy, case), actual, name="the second run")
     plain = _reference_gradient(inputs, dy, case)
     exact = _reference_gradient([t.double() for t in inputs], dy.double(), case)
     assert_within_budget(actual, plain, exact)

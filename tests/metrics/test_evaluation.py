@@ -174,7 +174,7 @@ def _work(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_work, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(_work, (str(tmp_path),), nprocs=2, start_method="fork")
     expected = _add(
         Evaluation(_networks(), folds=2, best=MAGVIT_BEST), [*range(SAMPLES)], 4
     ).results()

@@ -43,7 +43,7 @@ def _work(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_work, args=(str(tmp_path),), nprocs=len(SHARES))
+    mp.start_processes(_work, (str(tmp_path),), nprocs=len(SHARES), start_method="fork")
     z, mask = _global_batch()
     for impl in IMPLS:
         weight = torch.ones(8, requires_grad=True)

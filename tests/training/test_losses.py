@@ -213,7 +213,8 @@ def _one_rank(rank: int, path: str, out: str) -> None:
 
 
 def test_two_processes_equal_one_with_the_global_batch(tmp_path: Path) -> None:
-    mp.spawn(_one_rank, args=(str(tmp_path / "init"), str(tmp_path / "rank")), nprocs=2)
+    places = (str(tmp_path / "init"), str(tmp_path / "rank"))
+    mp.start_processes(_one_rank, places, nprocs=2, start_method="fork")
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     real = torch.tensor([1.0, -2.0, 0.5, 4.0], requires_grad=True)
     fake = torch.tensor([0.3, -1.0, 2.0, -5.0], requires_grad=True)
