@@ -68,9 +68,6 @@ CASES = {
 }  # fmt: skip
 
 
-FLOAT16 = ("two_row_tiles", "thin_out", "odd_groups", "history_stride")
-
-
 def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     groups = case.options.get("groups", 1)
     c_in, c_out = case.channels
@@ -116,10 +113,6 @@ def assert_all_within_budget(case: Case, dtype: torch.dtype, device: torch.devic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    if device.type == "cpu" and dtype == torch.float16 and name not in FLOAT16:
-        pytest.skip(
-            "emulated, a few cases in float16 are enough: bfloat16's kernels of another type"
-        )
     assert_all_within_budget(CASES[name], dtype, device)
 
 
