@@ -131,8 +131,17 @@ void run_apart(Plan& plan, const ExecContext& ctx) {
                  });
 }
 
+// Whether products with several sets of weights are added to one sum.
+bool sets_share_sums(const TimeSegment& segment) {
+  for (index_t i = 0; i < segment.runs; ++i)
+    if (segment.run[i].add) return true;
+  return false;
+}
+
 // All products of a panel and a part of the rows of points: every set's weights are made for a
-// chain of channels, which stay in the L2 cache with the sums of the set.
+// chain of channels, which stay in the L2 cache. Channels outermost, so that packed weights are
+// read from memory once; but where sets share sums, sets outermost as in run_apart: results must
+// not depend on the number of threads.
 void multiply_panel(const Plan& plan, const TimeSegment& segment, const WinogradLayout& layout,
                     index_t panel, index_t part, float* weights, float* sums, int isa) {
   const WinogradParams& p = plan.params;
@@ -141,13 +150,16 @@ void multiply_panel(const Plan& plan, const TimeSegment& segment, const Winograd
   const WinogradColumns columns = plan.columns(panel);
   const index_t rows = p.m + 2;
   const index_t row_begin = rows * part / plan.parts, row_end = rows * (part + 1) / plan.parts;
-  for (index_t begin = 0; begin < p.reduce; begin += kWinogradChain)
-    for (index_t set = 0; set < p.sets.count; ++set) {
-      const index_t end = least(begin + kWinogradChain, p.reduce);
-      transform(p, layout, columns, set, row_begin, row_end, begin, end, weights);
-      multiply(p, segment, layout, columns, set, set + 1, row_begin, row_end, begin, end,
-               plan.sources, weights, sums);
-    }
+  const index_t sets = p.sets.count, chains = ceil_div(p.reduce, kWinogradChain);
+  const bool sets_first = sets_share_sums(segment);
+  for (index_t i = 0; i < sets * chains; ++i) {
+    const index_t set = sets_first ? i / chains : i % sets;
+    const index_t begin = (sets_first ? i % chains : i / sets) * kWinogradChain;
+    const index_t end = least(begin + kWinogradChain, p.reduce);
+    transform(p, layout, columns, set, row_begin, row_end, begin, end, weights);
+    multiply(p, segment, layout, columns, set, set + 1, row_begin, row_end, begin, end,
+             plan.sources, weights, sums);
+  }
 }
 
 void run_together(Plan& plan, const ExecContext& ctx) {

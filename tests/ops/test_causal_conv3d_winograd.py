@@ -133,7 +133,11 @@ def test_input_gradients_of_copied_borders_go_by_winograd(name) -> None:
 
 
 @pytest.mark.parametrize("precision", ["none", "ieee"])
-@pytest.mark.parametrize(("channels", "size"), [([32, 80], [6, 30, 34]), ([160, 200], [5, 8, 8])])
+@pytest.mark.parametrize(
+    ("channels", "size"),
+    # the second: several chains of channels, and a last frame whose sum takes products of three sets
+    [([32, 80], [6, 30, 34]), ([96, 96], [6, 30, 34]), ([160, 200], [5, 8, 8])],
+)
 def test_results_do_not_depend_on_threads(channels, size, precision) -> None:
     # 1 and 2 threads take groups of tiles apart, 24 share them; wide layers are always shared.
     problem = make({"channels": channels, "size": size}, torch.float32, batch=1)
