@@ -53,7 +53,7 @@ void parallel_items(index_t count, int num_threads, const Body& body) {
 #pragma omp parallel num_threads(threads)
     {
       const int rank = omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (index_t item = 0; item < count; ++item) {
         try {
           body(item, rank);
