@@ -125,11 +125,12 @@ WinogradTiles WinogradBase::group(index_t i, WinogradLayout& of_group) const {
   return {first, of_group.tiles};
 }
 
-void WinogradBase::next_channels() {
-  const auto shift = [](auto& address, index_t bytes) {
-    if (address) address = (const_cast<char*>(static_cast<const char*>(address)) + bytes);
+void WinogradBase::next_channels() { shift_channels(params, 1); }
+
+void shift_channels(WinogradParams& p, index_t groups) {
+  const auto shift = [groups](auto& address, index_t bytes) {
+    if (address) address = const_cast<char*>(static_cast<const char*>(address)) + groups * bytes;
   };
-  WinogradParams& p = params;
   const index_t sources = p.reduce * dtype_bytes(p.source_type);
   const index_t targets = p.produce * dtype_bytes(p.target_type);
   shift(p.source.early, sources), shift(p.source.late, sources);

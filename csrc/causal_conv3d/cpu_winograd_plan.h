@@ -29,6 +29,9 @@ struct WinogradBase {
   void next_channels();
 };
 
+// The same for the channels `groups` groups further on.
+void shift_channels(WinogradParams& params, index_t groups);
+
 PackLayout winograd_packing(int isa);
 
 // The weight gradient walks the forward pass backwards and is planned like it.

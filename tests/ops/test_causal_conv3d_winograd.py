@@ -134,13 +134,20 @@ def test_input_gradients_of_copied_borders_go_by_winograd(name) -> None:
 
 @pytest.mark.parametrize("precision", ["none", "ieee"])
 @pytest.mark.parametrize(
-    ("channels", "size"),
+    ("channels", "groups", "size"),
     # the second: several chains of channels, and a last frame whose sum takes products of three sets
-    [([32, 80], [6, 30, 34]), ([96, 96], [6, 30, 34]), ([160, 200], [5, 8, 8])],
+    [
+        ([32, 80], 1, [6, 30, 34]),
+        ([96, 96], 1, [6, 30, 34]),
+        ([160, 200], 1, [5, 8, 8]),
+        ([96, 48], 3, [23, 10, 14]),
+    ],
 )
-def test_results_do_not_depend_on_threads(channels, size, precision) -> None:
-    # 1 and 2 threads take groups of tiles apart, 24 share them; wide layers are always shared.
-    problem = make({"channels": channels, "size": size}, torch.float32, batch=1)
+def test_results_do_not_depend_on_threads(channels, groups, size, precision) -> None:
+    # 1 and 2 threads take groups of tiles apart, 24 share them; wide layers are always shared. Of
+    # groups of few channels, a thread may take several, with weights of its own for each.
+    problem = {"channels": channels, "size": size, "groups": groups}
+    problem = make(problem, torch.float32, batch=1)
     before = torch.get_num_threads()
     results = []
     try:
