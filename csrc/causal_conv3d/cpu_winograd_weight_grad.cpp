@@ -2,9 +2,14 @@
 // Previous hop: cpu_weight_grad.cpp.
 // Next hop: winograd_weight_grad.simd.cpp and winograd_transform.simd.cpp.
 //
-// The threads share one group of tiles after another: both sides are transformed, then an item adds
-// what the group gives to the taps of its channels; with the last group they are the result. Groups
-// come in a fixed order, so results do not depend on threads.
+// Threads exchange no transformed tensors: cores that share no cache read each other's memory five
+// times slower than near ones. An item of work owns a rectangle of the weights of a slice, makes
+// what it needs of both sides in memory of its thread and adds up its groups of tiles:
+//   slices      of the groups of tiles, by the shape alone, each with weights of its own, which are
+//               added in their order at the end. Nothing is made twice
+//   rectangles  where weights are too large for many slices, or threads are many: a range of
+//               channels of x is transformed anew for every range of columns, and the reverse
+// Groups of tiles, too, are cut by the shape alone, so results do not depend on threads.
 #include <cstring>
 
 #include "causal_conv3d/cpu_winograd.h"
@@ -14,91 +19,253 @@
 namespace magvit_fast::cpu {
 namespace {
 
-constexpr index_t kItemChannels = 32;      // a set at all points and the taps stay in the L2 cache
-constexpr index_t kUnpackChannels = 16;    // a vector of columns of these stays in the L1 cache
-constexpr index_t kGroupBytes = 16 << 20;  // of both transformed sides: they stay in the L3 cache
+constexpr index_t kPartChannels = 32;    // a set of their weights stays in the L2 cache
+constexpr index_t kUnpackChannels = 16;  // a vector of columns of these stays in the L1 cache
+// A group's transformed tensors, of all channels of x and a block of columns: in the L2 cache where
+// that holds enough tiles, else in the L3 cache.
+constexpr index_t kNearBytes = 1 << 20, kGroupBytes = 12 << 20;
+// Rows that each set of weights should serve in a group, as its way back to the taps takes as long
+// as the products of four; more than twice these would gain little.
+constexpr index_t kSetRows = 24;
+constexpr index_t kLeastTiles = 4;
+constexpr index_t kMostSlices = 8;
+// Of all slices' weights: an eighth of both tensors, or what is little beside any.
+constexpr index_t kShareOfTensors = 8, kSliceBytes = 1 << 20;
 
 struct Plan : WinogradBase {
-  index_t channels;  // of x in an item
-  index_t weight_size, sum_size;
+  index_t conv_groups, width;        // width: columns of all blocks
+  index_t slices, rounds;            // rounds: groups of tiles of all segments
+  index_t channels, channel_ranges;  // of x: of an item, and how many ranges
+  index_t block_count, block_ranges;
+  index_t source_size, sum_size, weight_size, packed_size;  // floats
   float *packed, *sources, *sums, *weights;
 
-  Plan(const Conv3dShape& s, const Tensors& tensors, const ExecContext& ctx, Workspace& workspace)
-      : WinogradBase(s, Direction::forward, tensors, ctx.isa, workspace) {
-    const index_t columns = blocks * block_columns;
-    const index_t tile_bytes =
-        points * 4 * (planner.most_products() * layout.source_row + planner.most_sums() * columns);
-    const index_t most = kGroupBytes / tile_bytes;
-    cut(ceil_div(tiles, most < 4 ? 4 : most));
-    channels = kItemChannels;  // or as many as leave work for all threads
-    while (channels > 16 && blocks * ceil_div(params.reduce, channels) < 2 * ctx.num_threads)
-      channels /= 2;
-    layout.weight_point = channels * block_columns + kWinogradPad;
-    weight_size = points * layout.weight_point;
-    sum_size = points * layout.sum_point;
-    packed = workspace.take<float>(params.reduce * params.kernel_t * 9 * columns);
-    sources = workspace.take<float>(points * layout.source_point);
-    sums = workspace.take<float>(sum_size * blocks);
-    weights = workspace.take<float>(weight_size * ctx.num_threads);
-  }
+  Plan(const Conv3dShape& s, const Tensors& tensors, const ExecContext& ctx, Workspace& workspace);
+  index_t items() const { return slices * conv_groups * channel_ranges * block_ranges; }
+  WinogradTiles tiles_of(index_t round, WinogradLayout& of_group) const;
+  WinogradParams params_of(index_t conv_group, index_t first_channel, index_t count) const;
+  WinogradColumns columns(index_t block) const;
+
+ private:
+  void cut_tiles(const Conv3dShape& s);
+  void cut_weights(const ExecContext& ctx);
+  index_t lanes;
 };
+
+Plan::Plan(const Conv3dShape& s, const Tensors& tensors, const ExecContext& ctx,
+           Workspace& workspace)
+    : WinogradBase(s, Direction::forward, tensors, ctx.isa, workspace),
+      conv_groups(s.groups),
+      lanes(gather_lanes(ctx.isa)) {
+  width = round_up(params.produce, lanes);
+  packed_size = params.reduce * params.kernel_t * 9 * width;
+  block_columns = least(block_columns, width);
+  cut_tiles(s);
+  cut_weights(ctx);
+  layout.source_row = round_up(channels, lanes);
+  layout.source_point = planner.most_products() * layout.tiles * layout.source_row + kWinogradPad;
+  layout.sum_point = planner.most_sums() * layout.tiles * block_columns + kWinogradPad;
+  layout.weight_point = least(kPartChannels, channels) * block_columns + kWinogradPad;
+  source_size = points * layout.source_point;
+  sum_size = points * layout.sum_point;
+  weight_size = points * layout.weight_point;
+  const index_t threads = least(ctx.num_threads, items());
+  packed = workspace.take<float>(packed_size * conv_groups * slices);
+  sources = workspace.take<float>(source_size * threads);
+  sums = workspace.take<float>(sum_size * threads);
+  weights = workspace.take<float>(weight_size * threads);
+}
+
+void Plan::cut_tiles(const Conv3dShape& s) {
+  const SplitTensor &x = params.source, &y = params.target;
+  const index_t tensors = s.batch * dtype_bytes(s.dtype) *
+                          ((x.early_frames + x.late_frames) * x.height * x.width * x.channels +
+                           y.late_frames * y.height * y.width * y.channels);
+  const index_t tile_bytes =
+      points * 4 *
+      (planner.most_products() * layout.source_row + planner.most_sums() * block_columns);
+  const index_t enough = ceil_div(kSetRows * params.sets.count, planner.most_products());
+  const index_t share = tensors / kShareOfTensors, room = share < kSliceBytes ? kSliceBytes : share;
+  const index_t all_tiles = tiles * planner.segments();
+  slices = 1;
+  while (slices * conv_groups < kMostSlices && 2 * slices * conv_groups * packed_size * 4 <= room &&
+         2 * slices * enough <= all_tiles)
+    slices *= 2;
+  index_t most = kNearBytes / tile_bytes;
+  if (most < enough) most = least(kGroupBytes / tile_bytes, 2 * enough);
+  if (most < kLeastTiles) most = kLeastTiles;
+  // As many rounds in every slice.
+  index_t step = slices;
+  for (index_t n = planner.segments(); step > 1 && n % 2 == 0; n /= 2) step /= 2;
+  groups = least(tiles, round_up(ceil_div(tiles, most), step));
+  layout.tiles = ceil_div(tiles, groups);
+  rounds = groups * planner.segments();
+}
+
+// The ranges of channels and columns that leave each thread the least to do, in cycles a vector
+// (cpu_winograd_plan.cpp).
+void Plan::cut_weights(const ExecContext& ctx) {
+  double least_cost = 0;
+  const index_t most = least(ceil_div(params.reduce, lanes), ctx.num_threads);
+  for (index_t b = 1; b <= least(blocks, ctx.num_threads); ++b)
+    for (index_t r = 1; r <= most; ++r) {
+      const index_t in = round_up(ceil_div(params.reduce, r), lanes), of = ceil_div(blocks, b);
+      const double out = static_cast<double>(least(of * block_columns, width));
+      const index_t turns = ceil_div(slices * conv_groups * r * b, index_t{ctx.num_threads});
+      const double cost = static_cast<double>(turns) * (1.5 * static_cast<double>(in) * out +
+                                                        24.0 * (static_cast<double>(in) + out));
+      if (b * r > 1 && cost >= least_cost) continue;
+      least_cost = cost;
+      channels = in, block_count = of;
+    }
+  channel_ranges = ceil_div(params.reduce, channels);
+  block_ranges = ceil_div(blocks, block_count);
+}
+
+WinogradTiles Plan::tiles_of(index_t round, WinogradLayout& of_group) const {
+  const index_t i = round % groups, first = tiles * i / groups;
+  of_group = layout;
+  of_group.tiles = tiles * (i + 1) / groups - first;
+  return {first, of_group.tiles};
+}
+
+// As if x had these channels of a convolution's group, and y those of the group.
+WinogradParams Plan::params_of(index_t conv_group, index_t first_channel, index_t count) const {
+  WinogradParams p = params;
+  const auto shift = [](auto& address, index_t bytes) {
+    if (address) address = static_cast<char*>(address) + bytes;
+  };
+  const index_t from = (conv_group * p.reduce + first_channel) * dtype_bytes(p.source_type);
+  shift(p.source.early, from), shift(p.source.late, from);
+  shift(p.target.late, conv_group * p.produce * dtype_bytes(p.target_type));
+  p.reduce = count;
+  return p;
+}
+
+WinogradColumns Plan::columns(index_t block) const {
+  const index_t first = block * block_columns;
+  const index_t count = least(block_columns, params.produce - first);
+  return {first, count, round_up(count, lanes)};
+}
 
 Tensors tensors_of(const Conv3dWeightGradParams& p) {
   return {p.history, p.x, nullptr, nullptr, nullptr, const_cast<void*>(p.dy)};
 }
 
-// The channels [begin, end) of x in a block of columns, and their taps in the form of
-// params.packed.
-struct Part {
-  WinogradColumns columns;
-  index_t begin, end;
-  float* taps;
+// The channels of x [begin, end) of a group of the convolution: what an item owns of them.
+struct Range {
+  index_t conv_group, begin, end;
+  float* packed;  // in the form of params.packed, of these channels
 
-  Part(const Plan& plan, index_t i, index_t lanes) {
+  Range(const Plan& plan, index_t slice, index_t group, index_t i) : conv_group(group) {
     const WinogradParams& p = plan.params;
-    const index_t parts = ceil_div(p.reduce, plan.channels);
-    const index_t first = i / parts * plan.block_columns;
-    const index_t channels = least(plan.block_columns, p.produce - first);
-    columns = {first, channels, round_up(channels, lanes)};
-    begin = i % parts * plan.channels;
+    begin = i * plan.channels;
     end = least(begin + plan.channels, p.reduce);
-    taps = plan.packed + (first * p.reduce + begin * columns.width) * p.kernel_t * 9;
+    packed = plan.packed + (slice * plan.conv_groups + group) * plan.packed_size +
+             begin * p.kernel_t * 9 * plan.width;
+  }
+  // The taps of a block of columns and the channel k of the range.
+  float* taps(const Plan& plan, const WinogradColumns& columns, index_t k) const {
+    return packed + (columns.first * (end - begin) + k * columns.width) * plan.params.kernel_t * 9;
+  }
+  std::size_t size(const Plan& plan, const WinogradColumns& columns, index_t count) const {
+    return static_cast<std::size_t>(count * columns.width * plan.params.kernel_t * 9);
   }
 };
 
-void run(const Plan& plan, void* dweight, const ExecContext& ctx) {
+// Taps of the channels [k, end) of a range, to the result.
+void unpack(const Plan& plan, const Range& range, index_t block, index_t k, index_t end,
+            void* dweight, int isa) {
   const WinogradParams& p = plan.params;
-  const auto to_sources = MF_PICK_SIMD(winograd_sources, ctx.isa);
-  const auto to_sums = MF_PICK_SIMD(winograd_sums, ctx.isa);
-  const auto add = MF_PICK_SIMD(winograd_add_weights, ctx.isa);
-  const auto unpack = MF_PICK_SIMD(winograd_unpack, ctx.isa);
-  const index_t parts = ceil_div(p.reduce, plan.channels), taps = p.kernel_t * 9;
-  const index_t lanes = gather_lanes(ctx.isa);
-  TimeSegment segment;
-  TimePlanner planner = plan.planner;
-  const index_t rounds = planner.segments() * plan.groups;
-  for (index_t round = 0; round < rounds; ++round) {
-    if (round % plan.groups == 0) planner.plan(round / plan.groups, segment);
-    WinogradLayout layout;
-    const WinogradTiles tiles = plan.group(round % plan.groups, layout);
-    parallel_items(tiles.count * (1 + plan.blocks), ctx.num_threads, [&](index_t i, int) {
-      const index_t tile = i % tiles.count, block = i / tiles.count - 1;
-      if (block < 0)
-        to_sources(p, segment, layout, tiles, tile, tile + 1, plan.sources);
-      else
-        to_sums(p, segment, layout, tiles, block, tile, tile + 1,
-                plan.sums + block * plan.sum_size);
-    });
-    parallel_items(plan.blocks * parts, ctx.num_threads, [&](index_t i, int thread) {
-      const Part part(plan, i, lanes);
-      const index_t size = (part.end - part.begin) * taps * part.columns.width;
-      if (round == 0) std::memset(part.taps, 0, sizeof(float) * static_cast<std::size_t>(size));
-      add(p, segment, layout, i / parts, part.begin, part.end, plan.sources,
-          plan.sums + i / parts * plan.sum_size, plan.weights + thread * plan.weight_size,
-          plan.packed);
-      if (round + 1 == rounds) unpack(p, part.columns, part.begin, part.end, part.taps, dweight);
-    });
+  const WinogradColumns columns = plan.columns(block);
+  const index_t weights = p.produce * p.reduce * p.kernel_t * 9 * dtype_bytes(p.target_type);
+  MF_PICK_SIMD(winograd_unpack, isa)
+  (p, columns, range.begin + k, range.begin + end, range.taps(plan, columns, k),
+   static_cast<char*>(dweight) + range.conv_group * weights);
+}
+
+class Item {
+ public:
+  Item(const Plan& plan, index_t i, int thread, const ExecContext& ctx)
+      : plan_(plan),
+        block_range_(i % plan.block_ranges),
+        range_(range_of(plan, i / plan.block_ranges)),
+        slice_(i / plan.block_ranges / plan.channel_ranges / plan.conv_groups),
+        sources_(plan.sources + thread * plan.source_size),
+        sums_(plan.sums + thread * plan.sum_size),
+        weights_(plan.weights + thread * plan.weight_size),
+        isa_(ctx.isa) {}
+
+  void run(void* dweight) const {
+    const WinogradParams p =
+        plan_.params_of(range_.conv_group, range_.begin, range_.end - range_.begin);
+    const auto to_sources = MF_PICK_SIMD(winograd_sources, isa_);
+    const auto to_sums = MF_PICK_SIMD(winograd_sums, isa_);
+    const index_t begin = plan_.rounds * slice_ / plan_.slices;
+    const index_t end = plan_.rounds * (slice_ + 1) / plan_.slices;
+    TimeSegment segment;
+    TimePlanner planner = plan_.planner;
+    for (index_t round = begin; round < end; ++round) {
+      if (round == begin || round % plan_.groups == 0) planner.plan(round / plan_.groups, segment);
+      WinogradLayout layout;
+      const WinogradTiles tiles = plan_.tiles_of(round, layout);
+      to_sources(p, segment, layout, tiles, 0, tiles.count, sources_);
+      const index_t first = block_range_ * plan_.block_count;
+      for (index_t b = first; b < least(first + plan_.block_count, plan_.blocks); ++b) {
+        to_sums(p, segment, layout, tiles, b, 0, tiles.count, sums_);
+        add(p, segment, layout, b, round == begin,
+            round + 1 == end && plan_.slices == 1 ? dweight : nullptr);
+      }
+    }
   }
+
+ private:
+  static Range range_of(const Plan& plan, index_t i) {
+    const index_t group = i / plan.channel_ranges;
+    return {plan, group / plan.conv_groups, group % plan.conv_groups, i % plan.channel_ranges};
+  }
+
+  // dweight: where the taps go after this group of tiles, or null.
+  void add(const WinogradParams& p, const TimeSegment& segment, const WinogradLayout& layout,
+           index_t block, bool first, void* dweight) const {
+    const auto add_weights = MF_PICK_SIMD(winograd_add_weights, isa_);
+    const WinogradColumns columns = plan_.columns(block);
+    for (index_t k = 0; k < p.reduce; k += kPartChannels) {
+      const index_t next = least(k + kPartChannels, p.reduce);
+      if (first)
+        std::memset(range_.taps(plan_, columns, k), 0,
+                    sizeof(float) * range_.size(plan_, columns, next - k));
+      add_weights(p, segment, layout, block, k, next, sources_, sums_, weights_, range_.packed);
+      if (dweight) unpack(plan_, range_, block, k, next, dweight, isa_);
+    }
+  }
+
+  const Plan& plan_;
+  index_t block_range_;
+  Range range_;
+  index_t slice_;
+  float *sources_, *sums_, *weights_;
+  int isa_;
+};
+
+// All slices' taps, in their order.
+void add_slices(const Plan& plan, void* dweight, const ExecContext& ctx) {
+  const index_t parts = ceil_div(plan.channels, kUnpackChannels);
+  const index_t ranges = plan.conv_groups * plan.channel_ranges;
+  parallel_items(ranges * plan.blocks * parts, ctx.num_threads, [&](index_t i, int) {
+    const index_t k = i % parts * kUnpackChannels, block = i / parts % plan.blocks;
+    const index_t group = i / parts / plan.blocks / plan.channel_ranges;
+    const Range range(plan, 0, group, i / parts / plan.blocks % plan.channel_ranges);
+    const index_t next = least(k + kUnpackChannels, range.end - range.begin);
+    if (k >= next) return;
+    const WinogradColumns columns = plan.columns(block);
+    const auto size = static_cast<index_t>(range.size(plan, columns, next - k));
+    const index_t step = plan.packed_size * plan.conv_groups;
+    float* to = range.taps(plan, columns, k);
+    for (index_t slice = 1; slice < plan.slices; ++slice)
+      for (index_t j = 0; j < size; ++j) to[j] += to[slice * step + j];
+    unpack(plan, range, block, k, next, dweight, ctx.isa);
+  });
 }
 
 }  // namespace
@@ -111,13 +278,10 @@ std::size_t winograd_weight_grad_workspace(const Conv3dShape& shape, const ExecC
 
 void winograd_weight_grad(const Conv3dWeightGradParams& params, const ExecContext& ctx) {
   Workspace workspace(params.workspace);
-  Plan plan(params.shape, tensors_of(params), ctx, workspace);
-  for (index_t g = 0; g < params.shape.groups; ++g) {
-    const index_t weights = plan.params.produce * plan.params.reduce * plan.params.kernel_t * 9;
-    run(plan, static_cast<char*>(params.dweight) + g * weights * dtype_bytes(params.shape.dtype),
-        ctx);
-    plan.next_channels();
-  }
+  const Plan plan(params.shape, tensors_of(params), ctx, workspace);
+  parallel_items(plan.items(), ctx.num_threads,
+                 [&](index_t i, int thread) { Item(plan, i, thread, ctx).run(params.dweight); });
+  if (plan.slices > 1) add_slices(plan, params.dweight, ctx);
 }
 
 }  // namespace magvit_fast::cpu

@@ -47,6 +47,9 @@ PROBLEMS = {
         [4, 24, 26],
         {"groups": 2, "time_mode": "replicate", "space_mode": "replicate"},
     ),
+    # The weight gradient cuts the tiles into slices: four, and eight of two tiles in many segments.
+    "slices": ([32, 40], [17, 24, 22], {"time_mode": "replicate"}),
+    "slices_of_time": ([16, 24], [250, 4, 4], {"time_mode": "replicate", "history": 1}),
 }
 
 
@@ -159,6 +162,25 @@ def test_results_do_not_depend_on_threads(channels, groups, size, precision) -> 
         torch.set_num_threads(before)
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("name", ["slices", "slices_of_time", "wide", "groups"])
+def test_weight_gradients_do_not_depend_on_threads(name, isa_level) -> None:
+    # Slices are shared out whole; 24 threads are more than slices and take ranges of channels and
+    # columns of them, as two already do in the wide layer.
+    problem = _problem(name)
+    problem.weight.requires_grad_()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 24):
+            torch.set_num_threads(threads)
+            y = problem.run("native")
+            results.append(torch.autograd.grad(y, problem.weight, torch.cos(y.detach()))[0])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_equal(other, results[0])
 
 
 @pytest.mark.parametrize("mode", ["zeros", "replicate"])
