@@ -119,14 +119,20 @@ WidthGather gather_width(const AxisMap& a, Direction direction, index_t source_c
 void SourceTables::fill(const AxisMap& of_t, const AxisMap& of_h, const AxisMap& of_w) const {
   fill_axis(of_t, t);
   fill_axis(of_h, h);
-  for (index_t q = 0; q < padded_positions(of_w); ++q)
+  const index_t count = padded_positions(of_w);
+  for (index_t q = 0; q < count; ++q)
     w[q] = static_cast<std::int32_t>(source_at(of_w, q - of_w.front));
+  for (index_t q = count - 1; q >= 0; --q) {
+    const bool more = q + 1 < count && w[q + 1] == (w[q] >= 0 ? w[q] + 1 : -1);
+    w_run[q] = more ? w_run[q + 1] + 1 : 1;
+  }
 }
 
 SourceTables source_tables(const AxisMap& t, const AxisMap& h, const AxisMap& w,
                            Workspace& workspace) {
   return {workspace.take<std::int32_t>(t.kernel * t.out),
           workspace.take<std::int32_t>(h.kernel * h.out),
+          workspace.take<std::int32_t>(padded_positions(w)),
           workspace.take<std::int32_t>(padded_positions(w))};
 }
 

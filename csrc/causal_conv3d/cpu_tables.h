@@ -22,6 +22,7 @@ WidthGather gather_width(const AxisMap& axis, Direction direction, index_t sourc
 struct SourceTables {
   std::int32_t *t, *h;  // [kernel][out], or -1
   std::int32_t* w;      // [padded column, from that of output 0 and tap 0 on], or -1
+  std::int32_t* w_run;  // how many padded columns from here on read neighbors, or all nothing
 
   void fill(const AxisMap& of_t, const AxisMap& of_h, const AxisMap& of_w) const;
 };

@@ -125,6 +125,7 @@ Plan make_plan(const Sides& sides, const Conv3dWeightGradParams& of, const ExecC
   p.block_lines = least(kGradPixels / p.block_columns, ceil_div(p.output.height, rows));
   plan.tables = source_tables(s.t, s.h, s.w, workspace);
   p.t_source = plan.tables.t, p.h_source = plan.tables.h, p.w_source = plan.tables.w;
+  p.w_run = plan.tables.w_run;
   plan.cut = cut(s, p, ctx);
   const index_t kept = plan.cut.slices > 1 ? plan.cut.items * plan.cut.slices : ctx.num_threads;
   plan.sums = workspace.take<float>(kept * plan.cut.item_sums);

@@ -24,7 +24,8 @@ struct WeightGradParams {
   const std::int32_t* h_source;  // [kernel_h][output rows]
   // Source column of every padded position from that of output 0 and tap 0 on, or -1.
   const std::int32_t* w_source;
-  bool vector_is_output;  // vectors run over output channels (else: over input channels)
+  const std::int32_t* w_run;  // positions from here on with neighboring sources, or all without
+  bool vector_is_output;      // vectors run over output channels (else: over input channels)
   // Output pixels of a block: lines (of two rows where bfloat16 is multiplied in pairs) x columns.
   index_t block_lines, block_columns;
   DType dtype;

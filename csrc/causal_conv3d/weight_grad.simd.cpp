@@ -135,12 +135,12 @@ class Item {
     }
     const index_t channels = p_.source.channels;
     const std::int32_t* source = p_.w_source + b.w0 * p_.stride_w;
+    const std::int32_t* runs = p_.w_run + b.w0 * p_.stride_w;
     const index_t count = (b.w1 - b.w0 - 1) * p_.stride_w + (p_.kernel_w - 1) * p_.dilation_w + 1;
     Element* to = moving_.packed + line * line_sources_ * moving_.step;
     for (index_t q = 0; q < count;) {  // runs of neighbors, or of zeros
-      index_t run = 1;
+      const index_t run = least(runs[q], count - q);
       const bool inside = source[q] >= 0;
-      while (q + run < count && source[q + run] == (inside ? source[q + run - 1] + 1 : -1)) ++run;
       pack_run(inside ? row[0] : nullptr, inside ? row[1] : nullptr, source[q], run, channels,
                moving_, to + q * moving_.step);
       q += run;

@@ -43,16 +43,25 @@ struct Pair {  // bfloat16 products, two rows at a time: the packed element hold
     const __m256i some = _mm256_maskz_loadu_epi16(first_lanes(static_cast<int>(left)), from);
     return (vu)_mm512_cvtepu16_epi32(some);
   }
+  static __m512i two_vectors(const bf16_t* from) {
+    return from ? load_as<__m512i>(from) : _mm512_setzero_si512();
+  }
   static void pack(const bf16_t* a, const bf16_t* b, index_t count, std::uint32_t* to) {
-    if (a && b)
-      for (index_t i = 0; i < count; i += kLanes)
-        store_as(to + i, bits(a + i, count - i) | (bits(b + i, count - i) << 16));
-    else if (a)
-      for (index_t i = 0; i < count; i += kLanes) store_as(to + i, bits(a + i, count - i));
-    else if (b)
-      for (index_t i = 0; i < count; i += kLanes) store_as(to + i, bits(b + i, count - i) << 16);
-    else
-      for (index_t i = 0; i < count; i += kLanes) store_as(to + i, vu{});
+    // 0 32 1 33 ...: the first and the last sixteen of both, side by side
+    const __m512i even = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i low =
+        _mm512_or_si512(even, _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(32)), 16));
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    index_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      const __m512i x = two_vectors(a ? a + i : nullptr), y = two_vectors(b ? b + i : nullptr);
+      store_as(to + i, _mm512_permutex2var_epi16(x, low, y));
+      store_as(to + i + kLanes, _mm512_permutex2var_epi16(x, high, y));
+    }
+    for (; i < count; i += kLanes) {
+      const vu x = a ? bits(a + i, count - i) : vu{}, y = b ? bits(b + i, count - i) : vu{};
+      store_as(to + i, x | (y << 16));
+    }
   }
   typedef __m512bh Vector;
   static Vector vector(const std::uint32_t* p) { return load_as<__m512bh>(p); }
