@@ -6,7 +6,9 @@ library. The ratio is the median of the best other way over the median of ours, 
 was; where the target names a library (`extra_info["target_against"]`) the ratio is to that one. The JSON has all.
 
 A ratio is always of one run. Shared machines have slow spells, so rows of which a figure is asked are measured in more
-runs: the row is then the run of the median ratio, and the table says how far the runs lie apart.
+runs: the row is then the run of the median ratio, and the table says how far the runs lie apart. A virtual machine
+may also be moved between cores that share a cache and cores that do not: "core to core" is the time of a cache line
+from one thread to the other around our own measurement (some 30 ns near, 150 far).
 
     python -m benchmarks.run [--only PATTERN] [--repeats 2] [--out FILE.json]
 """
@@ -72,6 +74,7 @@ def rows(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "other_ms": theirs * 1e3,
             "all_other_ms": {k: v["stats"]["median"] * 1e3 for k, v in others.items()},
             "ratio": theirs / ours,
+            "core_latency_ns": by_impl["native"]["extra_info"]["core_latency_ns"],
             "target": by_impl["native"]["extra_info"].get("target"),
         })  # fmt: skip
     return table
@@ -99,8 +102,8 @@ def render(table: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     lines = [
         " · ".join(f"{k} {v}" for k, v in machine.items()),
         "",
-        "| work | native ms | other ms | which | ratio | of runs | asked |",
-        "|---|---:|---:|---|---:|---:|---:|",
+        "| work | native ms | other ms | which | ratio | of runs | asked | core to core ns |",
+        "|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     for r in table:
         target = f"{r['target']:g}x" if r["target"] else ""
@@ -108,9 +111,16 @@ def render(table: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         runs = f"{r['ratios'][0]:.2f} to {r['ratios'][-1]:.2f}" if several else ""
         lines.append(
             f"| {r['group']} | {r['native_ms']:.3f} | {r['other_ms']:.3f} | {r['other']} "
-            f"| {r['ratio']:.2f}x | {runs} | {target} |"
+            f"| {r['ratio']:.2f}x | {runs} | {target} | {_near_or_far(r['core_latency_ns'])} |"
         )
     return "\n".join(lines)
+
+
+def _near_or_far(latencies: list[float]) -> str:
+    """Before and after the measurement, once where they agree."""
+    before, after = (f"{ns:.0f}" for ns in latencies)
+    apart = max(latencies) > 2 * min(latencies)
+    return f"{before} to {after}" if apart else after
 
 
 def main() -> None:

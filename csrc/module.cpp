@@ -6,6 +6,7 @@
 #ifdef MAGVIT_FAST_CUDA_MODULE
 #include "common/cuda/device.h"
 #else
+#include "common/core_latency.h"
 #include "common/pages.h"
 #endif
 
@@ -30,6 +31,7 @@ PYBIND11_MODULE(MF_MODULE_NAME, m) {
 #else
   m.def("detect_isa", &magvit_fast::detect_isa);
   m.def("advise_huge_pages", &magvit_fast::advise_huge_pages);
+  m.def("core_latency_ns", &magvit_fast::core_latency_ns, py::call_guard<py::gil_scoped_release>());
 #endif
   magvit_fast::bind_all(m);
 }

@@ -1,15 +1,30 @@
-"""`make bench`: which run of a row is told."""
+"""`make bench`: which run of a row is told, and what is told beside it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
 from benchmarks.run import asked, middle, render, rows
 
+from magvit_fast import _native
 
-def _run(native: float, torch_ms: float, target: float | None = 3.0) -> list[dict[str, Any]]:
+needs_core = pytest.mark.skipif(
+    _native.missing_core(torch.device("cpu")) is not None, reason="no core"
+)
+
+
+def _run(
+    native: float,
+    torch_ms: float,
+    target: float | None = 3.0,
+    latency: tuple[float, float] = (30, 32),
+) -> list[dict[str, Any]]:
     def one(group: str, impl: str, ms: float, goal: float | None) -> dict[str, Any]:
-        extra = {"impl": impl} | ({"target": goal} if impl == "native" and goal else {})
+        extra: dict[str, Any] = {"impl": impl, "core_latency_ns": list(latency)}
+        if impl == "native" and goal:
+            extra["target"] = goal
         return {
             "group": group, "fullname": f"{group}[{impl}]",
             "extra_info": extra, "stats": {"median": ms / 1e3},
@@ -31,8 +46,19 @@ def test_a_row_is_told_by_the_run_of_its_median_ratio() -> None:
     assert (conv["native_ms"], conv["other_ms"], conv["other"]) == (10.0, 40.0, "torch")
     assert conv["ratios"] == [2.0, 4.0, 6.0]
     assert blur["ratios"] == [2.0]
-    assert "| 4.00x | 2.00 to 6.00 | 3x |" in render(table, {"cpu": "x"})
-    assert "| 2.00x |  |  |" in render(table, {"cpu": "x"})
+    assert "| 4.00x | 2.00 to 6.00 | 3x | 32 |" in render(table, {"cpu": "x"})
+    assert "| 2.00x |  |  | 32 |" in render(table, {"cpu": "x"})
+
+
+def test_a_row_says_how_far_the_cores_were_apart() -> None:
+    moved = rows(_run(1, 1, latency=(165.4, 29.6)))
+    assert moved[0]["core_latency_ns"] == [165.4, 29.6]
+    assert "| 3x | 165 to 30 |" in render(middle([moved]), {"cpu": "x"})
+
+
+@needs_core
+def test_the_latency_of_cores_is_measured() -> None:
+    assert 1.0 < _native.core().core_latency_ns() < 1e8
 
 
 def test_of_two_runs_the_lower_ratio_is_told() -> None:
