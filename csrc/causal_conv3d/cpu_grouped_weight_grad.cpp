@@ -5,6 +5,7 @@
 // Rows of dy are shared out by the shape alone and their sums added in order: results do not depend
 // on threads.
 #include "causal_conv3d/cpu_grouped.h"
+#include "causal_conv3d/cpu_slices.h"
 #include "causal_conv3d/weight_grad.h"
 #include "causal_conv3d/workspace.h"
 #include "common/half.h"
@@ -26,10 +27,11 @@ GroupLanes gradient_lanes(const Conv3dShape& s, int isa) {
 struct Plan {
   GroupedGradParams params{};
   SourceTables tables;
-  index_t rows;           // of dy, two together where they are joined
-  index_t step, chunks;   // vectors of an item, and items that share the vectors
-  index_t slices;         // of the rows
-  index_t vector_sums;    // floats
+  index_t rows;          // of dy, two together where they are joined
+  index_t step, chunks;  // vectors of an item, and items that share the vectors
+  index_t slices;        // of the rows
+  index_t vector_sums;   // floats
+  SliceTree tree;
   float* sums = nullptr;  // [chunk][slice][vector][tap][unit][lane]
 };
 
@@ -51,6 +53,7 @@ Plan make_plan(const Conv3dWeightGradParams& of, const ExecContext& ctx, Workspa
   plan.rows = s.batch * s.t.out * ceil_div(s.h.out, grad_line_rows(s.dtype, ctx.isa));
   plan.slices = std::min(ceil_div(kItems, plan.chunks), plan.rows);
   plan.vector_sums = p.kernel_t * p.kernel_h * p.kernel_w * p.lanes.units * p.lanes.width;
+  plan.tree = SliceTree(plan.chunks, plan.slices, ctx.isa, workspace);
   plan.sums = workspace.take<float>(plan.chunks * plan.slices * plan.step * plan.vector_sums);
   return plan;
 }
@@ -102,18 +105,14 @@ void grouped_weight_grad(const Conv3dWeightGradParams& params, const ExecContext
   const index_t vectors = p.lanes.vectors(), item_sums = plan.step * plan.vector_sums;
   const auto kernel = MF_PICK_SIMD(conv3d_grouped_weight_grad, ctx.isa);
   parallel_items(plan.chunks * plan.slices, ctx.num_threads, [&](index_t i, int) {
-    const index_t slice = i % plan.slices, first = i / plan.slices * plan.step;
-    kernel(p,
-           {first, std::min(first + plan.step, vectors), plan.rows * slice / plan.slices,
-            plan.rows * (slice + 1) / plan.slices},
-           plan.sums + i * item_sums);
-  });
-  parallel_items(vectors, ctx.num_threads, [&](index_t v, int) {
-    float* sums =
-        plan.sums + v / plan.step * plan.slices * item_sums + v % plan.step * plan.vector_sums;
-    for (index_t slice = 1; slice < plan.slices; ++slice)
-      for (index_t k = 0; k < plan.vector_sums; ++k) sums[k] += sums[slice * item_sums + k];
-    write(p, v, sums, params.dweight);
+    const index_t chunk = i / plan.slices, slice = i % plan.slices, first = chunk * plan.step;
+    const index_t last = std::min(first + plan.step, vectors);
+    float* sums = plan.sums + chunk * plan.slices * item_sums;
+    kernel(p, {first, last, plan.rows * slice / plan.slices, plan.rows * (slice + 1) / plan.slices},
+           sums + slice * item_sums);
+    if (!plan.tree.add(chunk, slice, sums, item_sums)) return;
+    for (index_t v = first; v < last; ++v)
+      write(p, v, sums + (v - first) * plan.vector_sums, params.dweight);
   });
 }
 

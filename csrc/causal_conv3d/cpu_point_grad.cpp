@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "causal_conv3d/cpu_slices.h"
 #include "causal_conv3d/point_grad.h"
 #include "causal_conv3d/workspace.h"
 #include "common/half.h"
@@ -53,34 +54,46 @@ struct Cut {
 };
 
 struct Memory {
+  SliceTree tree;
   float* sums;    // of each item
   float* packed;  // of each thread
   index_t packed_size;
 
   Memory(const Cut& cut, const ExecContext& ctx, Workspace& workspace)
-      : sums(workspace.take<float>(cut.items() * cut.item_sums)),
+      : tree(cut.items() / cut.slices, cut.slices, ctx.isa, workspace),
+        sums(workspace.take<float>(cut.items() * cut.item_sums)),
         packed_size(point_packed(ctx.isa)) {
     packed = workspace.take<float>(packed_size * ctx.num_threads);
   }
 };
 
-// A scalar channel's row of an item's sums, of all slices, into dweight [out][in].
+// An item's sums into dweight [out][in].
 template <class T>
-void write_row(const Cut& c, const PointGradItem& item, index_t scalar, int isa, float* sums,
-               T* dweight) {
+void write(const Cut& c, const PointGradItem& item, int isa, const float* sums, T* dweight) {
   const index_t width = gather_columns(isa), lanes = gather_lanes(isa);
   const index_t scalars = item.scalar_end - item.scalar_begin;
   const index_t padded = round_up(item.vector_end - item.vector_begin, lanes);
   for (index_t v = item.vector_begin; v < item.vector_end; v += width) {
     const index_t first = v - item.vector_begin, columns = std::min(width, padded - first);
-    float* row = sums + first * scalars + scalar * columns;
-    for (index_t slice = 1; slice < c.slices; ++slice)
-      for (index_t k = 0; k < columns; ++k) row[k] += row[slice * c.item_sums + k];
-    const index_t s = item.scalar_begin + scalar, end = std::min(columns, item.vector_end - v);
-    if (c.vectors_over_output)
-      for (index_t k = 0; k < end; ++k) dweight[(v + k) * c.scalars + s] = from_float<T>(row[k]);
-    else
-      for (index_t k = 0; k < end; ++k) dweight[s * c.vectors + v + k] = from_float<T>(row[k]);
+    const index_t end = std::min(columns, item.vector_end - v);
+    const float* row = sums + first * scalars;
+    for (index_t s = item.scalar_begin; s < item.scalar_end; ++s, row += columns)
+      if (c.vectors_over_output)
+        for (index_t k = 0; k < end; ++k) dweight[(v + k) * c.scalars + s] = from_float<T>(row[k]);
+      else
+        for (index_t k = 0; k < end; ++k) dweight[s * c.vectors + v + k] = from_float<T>(row[k]);
+  }
+}
+
+void write(const Cut& c, const PointGradItem& item, int isa, const float* sums, DType dtype,
+           void* dweight) {
+  switch (dtype) {
+    case DType::f32:
+      return write(c, item, isa, sums, static_cast<float*>(dweight));
+    case DType::bf16:
+      return write(c, item, isa, sums, static_cast<bf16_t*>(dweight));
+    case DType::f16:
+      return write(c, item, isa, sums, static_cast<f16_t*>(dweight));
   }
 }
 
@@ -109,28 +122,13 @@ void point_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx) {
                                cut.scalars, p.shape.dtype};
   const auto kernel = MF_PICK_SIMD(conv3d_point_grad, ctx.isa);
   parallel_ranges(cut.items(), ctx.num_threads, [&](index_t begin, index_t end, int thread) {
-    for (index_t i = begin; i < end; ++i)
-      kernel(params, cut.item(i), memory.sums + i * cut.item_sums,
-             memory.packed + thread * memory.packed_size);
-  });
-  const index_t blocks = cut.items() / cut.slices;
-  parallel_ranges(blocks * cut.scalar_block, ctx.num_threads, [&](index_t begin, index_t end, int) {
     for (index_t i = begin; i < end; ++i) {
-      const index_t block = i / cut.scalar_block, scalar = i % cut.scalar_block;
-      const PointGradItem item = cut.item(block * cut.slices);
-      if (item.scalar_begin + scalar >= item.scalar_end) continue;
-      float* sums = memory.sums + block * cut.slices * cut.item_sums;
-      switch (p.shape.dtype) {
-        case DType::f32:
-          write_row(cut, item, scalar, ctx.isa, sums, static_cast<float*>(p.dweight));
-          break;
-        case DType::bf16:
-          write_row(cut, item, scalar, ctx.isa, sums, static_cast<bf16_t*>(p.dweight));
-          break;
-        case DType::f16:
-          write_row(cut, item, scalar, ctx.isa, sums, static_cast<f16_t*>(p.dweight));
-          break;
-      }
+      const PointGradItem item = cut.item(i);
+      float* sums = memory.sums + i / cut.slices * cut.slices * cut.item_sums;
+      kernel(params, item, memory.sums + i * cut.item_sums,
+             memory.packed + thread * memory.packed_size);
+      if (memory.tree.add(i / cut.slices, i % cut.slices, sums, cut.item_sums))
+        write(cut, item, ctx.isa, sums, p.shape.dtype, p.dweight);
     }
   });
 }

@@ -4,10 +4,13 @@
 //
 // An item sums over its pixels in a fixed order, and pixels are shared out by the shape alone:
 // results do not depend on threads.
+#include <algorithm>
+
 #include "causal_conv3d/causal_conv3d.h"
 #include "causal_conv3d/cpu_grouped.h"
 #include "causal_conv3d/cpu_point_grad.h"
 #include "causal_conv3d/cpu_sides.h"
+#include "causal_conv3d/cpu_slices.h"
 #include "causal_conv3d/cpu_winograd.h"
 #include "causal_conv3d/cpu_winograd_plan.h"
 #include "causal_conv3d/weight_grad.h"
@@ -19,9 +22,11 @@
 namespace magvit_fast::cpu {
 namespace {
 
-constexpr index_t kSumBytes = 512 * 1024;    // an item's sums stay in the L2 cache
-constexpr index_t kSmallBytes = 128 * 1024;  // sums that are cheap to add up: pixels are shared out
-constexpr index_t kSlicedItems = 16;
+constexpr index_t kSumBytes = 512 * 1024;  // an item's sums stay in the L2 cache
+// Where there are fewer items, pixels are shared out: into as many slices as are cheap to add up,
+// but into some in any case.
+constexpr index_t kItems = 16, kLeastItems = 8;
+constexpr index_t kCheapBytes = 640 * 1024, kMostBytes = 1024 * 1024;  // sums of an item's slices
 
 // Few output channels, few lanes: where each pixel of x meets at most one of y a tap, x can be the
 // fixed side with its channels along vectors, and y moves over it with its taps in reverse.
@@ -70,19 +75,24 @@ Cut cut(const Conv3dShape& s, const WeightGradParams& p, const ExecContext& ctx)
   const index_t widest = round_up(least(c.vector_block, c.vector_channels), gather_lanes(ctx.isa));
   const index_t row_sums = s.w.kernel * c.scalar_block * widest;
   const index_t whole = s.groups * c.vector_blocks * c.scalar_blocks;
-  // All taps together, one kt, or one (kt, kh): as many as the cache holds and threads allow.
-  for (const index_t rows : {s.t.kernel * s.h.kernel, s.h.kernel, index_t{1}}) {
+  const index_t tap_rows = s.t.kernel * s.h.kernel;
+  // All taps together, one kt, or one (kt, kh): as many as the caches hold.
+  c.slices = 0;
+  for (const index_t rows : {tap_rows, s.h.kernel, index_t{1}}) {
     c.tap_rows = rows;
-    c.tap_blocks = s.t.kernel * s.h.kernel / rows;
+    c.tap_blocks = tap_rows / rows;
     c.items = whole * c.tap_blocks;
     c.item_sums = rows * row_sums;
-    c.slices = 1;
-    if (c.tap_blocks == 1 && c.item_sums * 4 <= kSmallBytes) {
-      c.slices = least(ceil_div(kSlicedItems, whole), grad_blocks(p, ctx.isa));
-      break;
+    // Once there are slices they stay: results must not depend on the threads.
+    if (c.slices == 0 && c.item_sums * 4 <= kSumBytes) {
+      const index_t cheap = least(ceil_div(kItems, c.items), kCheapBytes / (c.item_sums * 4));
+      const index_t slices = std::max(cheap, ceil_div(kLeastItems, c.items));
+      if (slices * c.item_sums * 4 <= kMostBytes) c.slices = least(slices, grad_blocks(p, ctx.isa));
     }
-    if (c.item_sums * 4 <= kSumBytes && c.items >= 4 * ctx.num_threads) break;
+    const index_t each = c.slices > 1 ? 1 : 4;  // items of a thread; whole ones cost unequally
+    if (c.slices > 0 && c.items * c.slices >= each * ctx.num_threads) break;
   }
+  if (c.slices == 0) c.slices = 1;
   return c;
 }
 
@@ -90,6 +100,7 @@ struct Plan {
   WeightGradParams params{};
   Cut cut;
   SourceTables tables;
+  SliceTree tree;
   float* sums;    // [item][slice], or of each thread
   float* packed;  // of each thread
   index_t packed_size;
@@ -127,6 +138,7 @@ Plan make_plan(const Sides& sides, const Conv3dWeightGradParams& of, const ExecC
   p.t_source = plan.tables.t, p.h_source = plan.tables.h, p.w_source = plan.tables.w;
   p.w_run = plan.tables.w_run;
   plan.cut = cut(s, p, ctx);
+  plan.tree = SliceTree(plan.cut.items, plan.cut.slices, ctx.isa, workspace);
   const index_t kept = plan.cut.slices > 1 ? plan.cut.items * plan.cut.slices : ctx.num_threads;
   plan.sums = workspace.take<float>(kept * plan.cut.item_sums);
   plan.packed_size = grad_packed(p, ctx.isa);
@@ -161,17 +173,27 @@ void write(const WeightGradParams& p, const WeightGradItem& item, bool swapped, 
   const index_t taps = item.tap_row_end * p.kernel_w - first;
   const index_t scalars = item.scalar_end - item.scalar_begin;
   const index_t columns = round_up(item.vector_end - item.vector_begin, lanes);
+  // A line of the sums is read once for all its columns, and results are written tap by tap.
+  constexpr index_t kLine = 16, kTaps = 8;
   for (index_t s = 0; s < scalars; ++s)
-    for (index_t v = item.vector_begin; v < item.vector_end; ++v) {
-      const index_t scalar = item.scalar_begin + s;
+    for (index_t v = item.vector_begin; v < item.vector_end; v += kLine) {
+      const index_t scalar = item.scalar_begin + s, width = least(kLine, item.vector_end - v);
       index_t out = p.vector_is_output ? v : scalar, in = p.vector_is_output ? scalar : v;
       index_t outs = p.out_group, ins = p.in_group;
       if (swapped) std::swap(out, in), std::swap(outs, ins);
+      const index_t step = (p.vector_is_output != swapped ? ins : 1) * all_taps;  // of columns
       T* to = dweight + ((item.group * outs + out) * ins + in) * all_taps;
       const float* from = sums + s * columns + v - item.vector_begin;
-      for (index_t tap = 0; tap < taps; ++tap)
-        to[swapped ? all_taps - 1 - first - tap : first + tap] =
-            from_float<T>(from[tap * scalars * columns]);
+      for (index_t tap = 0; tap < taps; tap += kTaps) {
+        const index_t some = least(kTaps, taps - tap);
+        T line[kTaps][kLine];
+        for (index_t t = 0; t < some; ++t, from += scalars * columns)
+          for (index_t k = 0; k < width; ++k) line[t][k] = from_float<T>(from[k]);
+        const index_t at = swapped ? all_taps - 1 - first - tap : first + tap;
+        for (index_t k = 0; k < width; ++k)
+          for (index_t t = 0; t < some; ++t)
+            to[k * step + (swapped ? at - t : at + t)] = line[t][k];
+      }
     }
 }
 
@@ -216,17 +238,12 @@ void direct_weight_grad(const Conv3dWeightGradParams& p, const ExecContext& ctx)
   const auto kernel = MF_PICK_SIMD(conv3d_weight_grad, ctx.isa);
   const Cut& c = plan.cut;
   parallel_items(c.items * c.slices, ctx.num_threads, [&](index_t i, int thread) {
-    const WeightGradItem item = item_of(plan, i / c.slices, i % c.slices, ctx.isa);
-    float* sums = plan.sums + (c.slices > 1 ? i : thread) * c.item_sums;
-    kernel(plan.params, item, sums, plan.packed + thread * plan.packed_size);
-    if (c.slices == 1) write(item, plan, sides, ctx.isa, sums, p.dweight);
-  });
-  if (c.slices == 1) return;
-  parallel_items(c.items, ctx.num_threads, [&](index_t i, int) {
-    float* sums = plan.sums + i * c.slices * c.item_sums;
-    for (index_t slice = 1; slice < c.slices; ++slice)
-      for (index_t k = 0; k < c.item_sums; ++k) sums[k] += sums[slice * c.item_sums + k];
-    write(item_of(plan, i, 0, ctx.isa), plan, sides, ctx.isa, sums, p.dweight);
+    const index_t of = i / c.slices, slice = i % c.slices;
+    const WeightGradItem item = item_of(plan, of, slice, ctx.isa);
+    float* sums = plan.sums + (c.slices > 1 ? of * c.slices : thread) * c.item_sums;
+    kernel(plan.params, item, sums + slice * c.item_sums, plan.packed + thread * plan.packed_size);
+    if (plan.tree.add(of, slice, sums, c.item_sums))
+      write(item, plan, sides, ctx.isa, sums, p.dweight);
   });
 }
 

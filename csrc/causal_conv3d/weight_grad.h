@@ -66,5 +66,7 @@ constexpr index_t grad_packed(const WeightGradParams& p, int isa) {
 MF_DECLARE_SIMD(void, conv3d_weight_grad,
                 (const WeightGradParams& params, const WeightGradItem& item, float* sums,
                  float* packed))
+// to += from, for the sums of slices (cpu_slices.h).
+MF_DECLARE_SIMD(void, conv3d_add_sums, (float* to, const float* from, index_t count))
 
 }  // namespace magvit_fast

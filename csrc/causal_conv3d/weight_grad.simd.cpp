@@ -189,5 +189,11 @@ void conv3d_weight_grad(const WeightGradParams& params, const WeightGradItem& it
   }
 }
 
+void conv3d_add_sums(float* to, const float* from, index_t count) {
+  index_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(to + i) + load(from + i));
+  for (; i < count; ++i) to[i] += from[i];
+}
+
 }  // namespace MF_ISA
 }  // namespace magvit_fast

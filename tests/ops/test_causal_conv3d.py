@@ -158,12 +158,25 @@ def test_chunks_with_history_equal_the_whole(chunks, mode) -> None:
     assert_equal(torch.cat(parts, 2), whole)
 
 
-def test_results_do_not_depend_on_threads(isa_level) -> None:
-    problem = make({"channels": [33, 70], "size": [3, 9, 11]}, torch.float32)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"channels": [33, 70], "size": [3, 9, 11]},
+        {"channels": [3, 16], "size": [5, 16, 64]},  # sums of slices: all sizes give several
+        {"channels": [16, 3], "size": [5, 16, 64]},
+        {"channels": [40, 64], "size": [3, 9, 11], "stride": [2, 2, 2]},  # and several items
+        {"channels": [20, 35], "size": [3, 24, 40], "kernel": [1, 1, 1]},
+        {"channels": [37, 37], "size": [3, 11, 13], "groups": 37},
+        {"channels": [24, 24], "size": [3, 11, 13], "groups": 6},
+    ],
+    ids=lambda s: f"{s['channels']}",
+)
+def test_results_do_not_depend_on_threads(shape, isa_level) -> None:
+    problem = make(shape, torch.float32)
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5, 20):
             torch.set_num_threads(threads)
             results.append(value_and_grads(problem.to(torch.float32), "native"))
     finally:
