@@ -125,8 +125,6 @@ WinogradTiles WinogradBase::group(index_t i, WinogradLayout& of_group) const {
   return {first, of_group.tiles};
 }
 
-void WinogradBase::next_channels() { shift_channels(params, 1); }
-
 void shift_channels(WinogradParams& p, index_t groups) {
   const auto shift = [groups](auto& address, index_t bytes) {
     if (address) address = const_cast<char*>(static_cast<const char*>(address)) + groups * bytes;

@@ -25,11 +25,9 @@ struct WinogradBase {
                Workspace& workspace);
   void cut(index_t count);  // the tiles into `count` groups or fewer
   WinogradTiles group(index_t i, WinogradLayout& of_group) const;
-  // A convolution in groups is one after another, each over its own channels of the same tensors.
-  void next_channels();
 };
 
-// The same for the channels `groups` groups further on.
+// The same tensors, for the channels `groups` groups of the convolution further on.
 void shift_channels(WinogradParams& params, index_t groups);
 
 PackLayout winograd_packing(int isa);

@@ -38,6 +38,7 @@ struct Plan : WinogradBase {
   index_t channels, channel_ranges;  // of x: of an item, and how many ranges
   index_t block_count, block_ranges;
   index_t source_size, sum_size, weight_size, packed_size;  // floats
+  TimeSegment* segments;
   float *packed, *sources, *sums, *weights;
 
   Plan(const Conv3dShape& s, const Tensors& tensors, const ExecContext& ctx, Workspace& workspace);
@@ -69,6 +70,9 @@ Plan::Plan(const Conv3dShape& s, const Tensors& tensors, const ExecContext& ctx,
   source_size = points * layout.source_point;
   sum_size = points * layout.sum_point;
   weight_size = points * layout.weight_point;
+  segments = workspace.take<TimeSegment>(planner.segments());
+  for (index_t i = 0; !workspace.measuring() && i < planner.segments(); ++i)
+    planner.plan(i, segments[i]);
   const index_t threads = least(ctx.num_threads, items());
   packed = workspace.take<float>(packed_size * conv_groups * slices);
   sources = workspace.take<float>(source_size * threads);
@@ -129,15 +133,12 @@ WinogradTiles Plan::tiles_of(index_t round, WinogradLayout& of_group) const {
   return {first, of_group.tiles};
 }
 
-// As if x had these channels of a convolution's group, and y those of the group.
+// As if the tensors had the channels of one group of the convolution, and x only these of them.
 WinogradParams Plan::params_of(index_t conv_group, index_t first_channel, index_t count) const {
   WinogradParams p = params;
-  const auto shift = [](auto& address, index_t bytes) {
-    if (address) address = static_cast<char*>(address) + bytes;
-  };
-  const index_t from = (conv_group * p.reduce + first_channel) * dtype_bytes(p.source_type);
-  shift(p.source.early, from), shift(p.source.late, from);
-  shift(p.target.late, conv_group * p.produce * dtype_bytes(p.target_type));
+  shift_channels(p, conv_group);
+  for (void** side : {&p.source.early, &p.source.late})
+    if (*side) *side = static_cast<char*>(*side) + first_channel * dtype_bytes(p.source_type);
   p.reduce = count;
   return p;
 }
@@ -203,10 +204,8 @@ class Item {
     const auto to_sums = MF_PICK_SIMD(winograd_sums, isa_);
     const index_t begin = plan_.rounds * slice_ / plan_.slices;
     const index_t end = plan_.rounds * (slice_ + 1) / plan_.slices;
-    TimeSegment segment;
-    TimePlanner planner = plan_.planner;
     for (index_t round = begin; round < end; ++round) {
-      if (round == begin || round % plan_.groups == 0) planner.plan(round / plan_.groups, segment);
+      const TimeSegment& segment = plan_.segments[round / plan_.groups];
       WinogradLayout layout;
       const WinogradTiles tiles = plan_.tiles_of(round, layout);
       to_sources(p, segment, layout, tiles, 0, tiles.count, sources_);
