@@ -69,31 +69,33 @@ struct Memory {
 
 // An item's sums into dweight [out][in].
 template <class T>
-void write(const Cut& c, const PointGradItem& item, int isa, const float* sums, T* dweight) {
+void write(const Cut& c, const PointGradItem& item, int isa, const T* sums, T* dweight) {
   const index_t width = gather_columns(isa), lanes = gather_lanes(isa);
   const index_t scalars = item.scalar_end - item.scalar_begin;
   const index_t padded = round_up(item.vector_end - item.vector_begin, lanes);
   for (index_t v = item.vector_begin; v < item.vector_end; v += width) {
     const index_t first = v - item.vector_begin, columns = std::min(width, padded - first);
     const index_t end = std::min(columns, item.vector_end - v);
-    const float* row = sums + first * scalars;
+    const T* row = sums + first * scalars;
     for (index_t s = item.scalar_begin; s < item.scalar_end; ++s, row += columns)
       if (c.vectors_over_output)
-        for (index_t k = 0; k < end; ++k) dweight[(v + k) * c.scalars + s] = from_float<T>(row[k]);
+        for (index_t k = 0; k < end; ++k) dweight[(v + k) * c.scalars + s] = row[k];
       else
-        for (index_t k = 0; k < end; ++k) dweight[s * c.vectors + v + k] = from_float<T>(row[k]);
+        for (index_t k = 0; k < end; ++k) dweight[s * c.vectors + v + k] = row[k];
   }
 }
 
-void write(const Cut& c, const PointGradItem& item, int isa, const float* sums, DType dtype,
+void write(const Cut& c, const PointGradItem& item, int isa, float* sums, DType dtype,
            void* dweight) {
+  MF_PICK_SIMD(conv3d_round_sums, isa)(sums, c.item_sums, dtype);
+  const void* of = sums;
   switch (dtype) {
     case DType::f32:
-      return write(c, item, isa, sums, static_cast<float*>(dweight));
+      return write(c, item, isa, static_cast<const float*>(of), static_cast<float*>(dweight));
     case DType::bf16:
-      return write(c, item, isa, sums, static_cast<bf16_t*>(dweight));
+      return write(c, item, isa, static_cast<const bf16_t*>(of), static_cast<bf16_t*>(dweight));
     case DType::f16:
-      return write(c, item, isa, sums, static_cast<f16_t*>(dweight));
+      return write(c, item, isa, static_cast<const f16_t*>(of), static_cast<f16_t*>(dweight));
   }
 }
 

@@ -167,7 +167,7 @@ WeightGradItem item_of(const Plan& plan, index_t i, index_t slice, int isa) {
 // An item's sums into its part of dweight [out_channels, in_channels / groups, taps].
 template <class T>
 void write(const WeightGradParams& p, const WeightGradItem& item, bool swapped, index_t lanes,
-           const float* sums, T* dweight) {
+           const T* sums, T* dweight) {
   const index_t all_taps = p.kernel_t * p.kernel_h * p.kernel_w;
   const index_t first = item.tap_row_begin * p.kernel_w;
   const index_t taps = item.tap_row_end * p.kernel_w - first;
@@ -183,12 +183,12 @@ void write(const WeightGradParams& p, const WeightGradItem& item, bool swapped, 
       if (swapped) std::swap(out, in), std::swap(outs, ins);
       const index_t step = (p.vector_is_output != swapped ? ins : 1) * all_taps;  // of columns
       T* to = dweight + ((item.group * outs + out) * ins + in) * all_taps;
-      const float* from = sums + s * columns + v - item.vector_begin;
+      const T* from = sums + s * columns + v - item.vector_begin;
       for (index_t tap = 0; tap < taps; tap += kTaps) {
         const index_t some = least(kTaps, taps - tap);
         T line[kTaps][kLine];
         for (index_t t = 0; t < some; ++t, from += scalars * columns)
-          for (index_t k = 0; k < width; ++k) line[t][k] = from_float<T>(from[k]);
+          for (index_t k = 0; k < width; ++k) line[t][k] = from[k];
         const index_t at = swapped ? all_taps - 1 - first - tap : first + tap;
         for (index_t k = 0; k < width; ++k)
           for (index_t t = 0; t < some; ++t)
@@ -197,17 +197,22 @@ void write(const WeightGradParams& p, const WeightGradItem& item, bool swapped, 
     }
 }
 
-void write(const WeightGradItem& item, const Plan& plan, const Sides& sides, int isa,
-           const float* sums, void* dweight) {
+void write(const WeightGradItem& item, const Plan& plan, const Sides& sides, int isa, float* sums,
+           void* dweight) {
   const WeightGradParams& p = plan.params;
   const index_t lanes = gather_lanes(isa);
+  MF_PICK_SIMD(conv3d_round_sums, isa)(sums, plan.cut.item_sums, p.dtype);
+  const void* of = sums;
   switch (p.dtype) {
     case DType::f32:
-      return write(p, item, sides.swapped, lanes, sums, static_cast<float*>(dweight));
+      return write(p, item, sides.swapped, lanes, static_cast<const float*>(of),
+                   static_cast<float*>(dweight));
     case DType::bf16:
-      return write(p, item, sides.swapped, lanes, sums, static_cast<bf16_t*>(dweight));
+      return write(p, item, sides.swapped, lanes, static_cast<const bf16_t*>(of),
+                   static_cast<bf16_t*>(dweight));
     case DType::f16:
-      return write(p, item, sides.swapped, lanes, sums, static_cast<f16_t*>(dweight));
+      return write(p, item, sides.swapped, lanes, static_cast<const f16_t*>(of),
+                   static_cast<f16_t*>(dweight));
   }
 }
 

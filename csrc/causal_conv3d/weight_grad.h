@@ -68,5 +68,7 @@ MF_DECLARE_SIMD(void, conv3d_weight_grad,
                  float* packed))
 // to += from, for the sums of slices (cpu_slices.h).
 MF_DECLARE_SIMD(void, conv3d_add_sums, (float* to, const float* from, index_t count))
+// Rounds the sums to `type` at their own place, from the first on; count in whole vectors.
+MF_DECLARE_SIMD(void, conv3d_round_sums, (float* sums, index_t count, DType type))
 
 }  // namespace magvit_fast

@@ -189,6 +189,14 @@ void conv3d_weight_grad(const WeightGradParams& params, const WeightGradItem& it
   }
 }
 
+void conv3d_round_sums(float* sums, index_t count, DType type) {
+  const auto round = [&](auto* to) {
+    for (index_t i = 0; i < count; i += kLanes) store(to + i, load(sums + i));
+  };
+  if (type == DType::bf16) round(reinterpret_cast<bf16_t*>(sums));
+  if (type == DType::f16) round(reinterpret_cast<f16_t*>(sums));
+}
+
 void conv3d_add_sums(float* to, const float* from, index_t count) {
   index_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, load(to + i) + load(from + i));
