@@ -8,7 +8,9 @@
 //             for itself, many of them once for all
 //   together  wide layers on small frames: the threads share one group of tiles after another, and
 //             a part of the weights is transformed right before its use, so that they are never
-//             all in memory (8 times the weights themselves)
+//             all in memory (8 times the weights themselves). The widest layers do so in panels: a
+//             thread keeps the sums of its columns and transforms the sources itself, a chain of
+//             channels at a time, since that is little beside their products
 //
 // Cores that share no L3 cache need five times as long for a line that another core has written: a
 // layer of 32 channels took 3.1 ms together, 1.4 where the cores were near. So what a thread reads
@@ -29,12 +31,15 @@ constexpr index_t kApartRows = 12;           // of a set of weights and a group 
 // where a set of weights would serve too few rows to be worth its making.
 constexpr index_t kTogetherSources = 8 << 20, kMostTogetherSources = 16 << 20;
 constexpr index_t kTogetherRows = 32;
+constexpr index_t kPanelColumns =
+    512;  // of the result a further thread, so that each has all sources
 constexpr index_t kTogetherVectors = 2;  // of a panel: 0.3 MB of weights a set with AVX-512
 
 struct Plan : WinogradBase {
   WeightView view;
   PackLayout pack;
   bool together;
+  bool in_panels;                 // together: a thread has sources of its own, a chain at a time
   bool own_weights;               // apart: a thread's own, for one group of channels after another
   index_t panels, panel_columns;  // what a thread works on: blocks, or less of them
   index_t parts;                  // together: of the rows of points, where threads are many
@@ -42,7 +47,7 @@ struct Plan : WinogradBase {
   float *sources = nullptr, *weights = nullptr, *sums = nullptr;  // of thread 0
   index_t source_size, weight_size, sum_size;                     // floats
   index_t* made = nullptr;  // own_weights: the group of channels whose weights a thread holds
-  TimeSegment* segments = nullptr;  // apart
+  TimeSegment* segments = nullptr;  // apart, in_panels
 
   Plan(const Conv3dShape& s, Direction direction, const Tensors& tensors, const ExecContext& ctx,
        Workspace& workspace);
@@ -81,6 +86,22 @@ WinogradParams Plan::of_channels(index_t group) const {
   return p;
 }
 
+// Whether products with several sets of weights are added to one sum.
+bool sets_share_sums(const TimeSegment& segment) {
+  for (index_t i = 0; i < segment.runs; ++i)
+    if (segment.run[i].add) return true;
+  return false;
+}
+
+bool sets_share_sums(TimePlanner planner) {
+  TimeSegment segment;
+  for (index_t i = 0; i < planner.segments(); ++i) {
+    planner.plan(i, segment);
+    if (sets_share_sums(segment)) return true;
+  }
+  return false;
+}
+
 // Apart or together, and how many tiles make a group.
 void Plan::choose(index_t channel_groups, const ExecContext& ctx) {
   const index_t tile_bytes = points * planner.most_products() * layout.source_row * 4;
@@ -102,11 +123,14 @@ void Plan::choose(index_t channel_groups, const ExecContext& ctx) {
     if (most < wanted) most = least(wanted, kMostTogetherSources / tile_bytes);
   }
   if (most < 4) most = 4;
-  const index_t count = ceil_div(tiles, most);
-  cut(together ? count : round_up(count, index_t{2}));
   panel_columns = together ? least(kTogetherVectors * lanes, block_columns) : block_columns;
   panels = ceil_div(params.produce, panel_columns);
   parts = least(params.m + 2, ceil_div(index_t{ctx.num_threads}, panels));
+  in_panels = together && params.produce >= kPanelColumns * (ctx.num_threads - 1) &&
+              !sets_share_sums(planner);
+  if (in_panels) layout.source_row = least(layout.source_row, kWinogradChain);
+  const index_t count = ceil_div(tiles, most);
+  cut(together ? count : round_up(count, index_t{2}));
 }
 
 void Plan::take(const ExecContext& ctx, Workspace& workspace) {
@@ -118,17 +142,25 @@ void Plan::take(const ExecContext& ctx, Workspace& workspace) {
   sum_size = points * layout.sum_point;
   weight_size = points * layout.weight_point;
   const index_t threads = ctx.num_threads;
-  sources = workspace.take<float>(source_size * (together ? 1 : threads));
-  sums = workspace.take<float>(sum_size * (together && parts > 1 ? panels : threads));
+  sources = workspace.take<float>(source_size * (together && !in_panels ? 1 : threads));
+  sums =
+      workspace.take<float>(sum_size * (in_panels || (together && parts > 1) ? panels : threads));
   weights = workspace.take<float>(weight_size * (together      ? threads
                                                  : own_weights ? panels * threads
                                                                : panels));
-  if (together) return;
+  if (together && !in_panels) return;
   made = workspace.take<index_t>(threads);
   segments = workspace.take<TimeSegment>(planner.segments());
   if (workspace.measuring()) return;
   for (index_t i = 0; i < threads; ++i) made[i] = -1;
   for (index_t i = 0; i < planner.segments(); ++i) planner.plan(i, segments[i]);
+}
+
+void skip_source_channels(WinogradParams& p, index_t channels) {
+  const auto skip = [&](void*& address) {
+    if (address) address = static_cast<char*>(address) + channels * dtype_bytes(p.source_type);
+  };
+  skip(p.source.early), skip(p.source.late);
 }
 
 // Item i of panels * sets: a panel's weights of a set.
@@ -181,13 +213,6 @@ void run_apart_shared(const Plan& plan, const WinogradParams& p, const ExecConte
   parallel_items(
       plan.groups * plan.planner.segments(), ctx.num_threads,
       [&](index_t i, int thread) { run_tiles(plan, p, i, thread, plan.weights, ctx.isa); });
-}
-
-// Whether products with several sets of weights are added to one sum.
-bool sets_share_sums(const TimeSegment& segment) {
-  for (index_t i = 0; i < segment.runs; ++i)
-    if (segment.run[i].add) return true;
-  return false;
 }
 
 // All products of a panel and a part of the rows of points: every set's weights are made for a
@@ -245,6 +270,43 @@ void run_together(const Plan& plan, const WinogradParams& p, const ExecContext& 
   }
 }
 
+// The panels [begin, end) of a group of tiles; chains and sets in the order of multiply_panel.
+void run_panels(const Plan& plan, const WinogradParams& p, const TimeSegment& segment,
+                index_t group, index_t begin, index_t end, int thread, int isa) {
+  const auto to_sources = MF_PICK_SIMD(winograd_sources, isa);
+  const auto transform = MF_PICK_SIMD(winograd_weights, isa);
+  const auto multiply = MF_PICK_SIMD(winograd_products, isa);
+  const auto to_results = MF_PICK_SIMD(winograd_results, isa);
+  const index_t rows = p.m + 2;
+  float* sources = plan.sources + thread * plan.source_size;
+  float* weights = plan.weights + thread * plan.weight_size;
+  WinogradLayout layout;
+  const WinogradTiles tiles = plan.group(group, layout);
+  for (index_t k = 0; k < p.reduce; k += kWinogradChain) {
+    WinogradParams chain = p;
+    chain.reduce = least(kWinogradChain, p.reduce - k);
+    skip_source_channels(chain, k);
+    to_sources(chain, segment, layout, tiles, 0, tiles.count, sources);
+    for (index_t panel = begin; panel < end; ++panel)
+      for (index_t set = 0; set < p.sets.count; ++set) {
+        transform(p, layout, plan.columns(panel), set, 0, rows, k, k + chain.reduce, weights);
+        multiply(p, segment, layout, plan.columns(panel), set, set + 1, 0, rows, k,
+                 k + chain.reduce, sources - k, weights, plan.sums + panel * plan.sum_size);
+      }
+  }
+  for (index_t panel = begin; panel < end; ++panel)
+    to_results(p, segment, layout, tiles, plan.columns(panel), 0, tiles.count,
+               plan.sums + panel * plan.sum_size);
+}
+
+void run_in_panels(const Plan& plan, const WinogradParams& p, const ExecContext& ctx) {
+  parallel_ranges(plan.panels, ctx.num_threads, [&](index_t begin, index_t end, int thread) {
+    for (index_t i = 0; i < plan.groups * plan.planner.segments(); ++i)
+      run_panels(plan, p, plan.segments[i / plan.groups], i % plan.groups, begin, end, thread,
+                 ctx.isa);
+  });
+}
+
 }  // namespace
 
 std::size_t winograd_workspace(const Conv3dShape& shape, Direction direction,
@@ -262,7 +324,10 @@ void winograd_run(const Conv3dShape& shape, Direction direction, const Tensors& 
   if (plan.own_weights) return run_apart_own(plan, shape.groups, ctx);
   for (index_t g = 0; g < shape.groups; ++g) {
     const WinogradParams p = plan.of_channels(g);
-    plan.together ? run_together(plan, p, ctx) : run_apart_shared(plan, p, ctx);
+    const auto run = plan.in_panels  ? run_in_panels
+                     : plan.together ? run_together
+                                     : run_apart_shared;
+    run(plan, p, ctx);
   }
 }
 

@@ -143,6 +143,7 @@ def test_input_gradients_of_copied_borders_go_by_winograd(name) -> None:
         ([32, 80], 1, [6, 30, 34]),
         ([96, 96], 1, [6, 30, 34]),
         ([160, 200], 1, [5, 8, 8]),
+        ([72, 520], 1, [37, 5, 9]),  # panels with two threads, several segments of frames
         ([96, 48], 3, [23, 10, 14]),
     ],
 )
