@@ -156,13 +156,6 @@ void Plan::take(const ExecContext& ctx, Workspace& workspace) {
   for (index_t i = 0; i < planner.segments(); ++i) planner.plan(i, segments[i]);
 }
 
-void skip_source_channels(WinogradParams& p, index_t channels) {
-  const auto skip = [&](void*& address) {
-    if (address) address = static_cast<char*>(address) + channels * dtype_bytes(p.source_type);
-  };
-  skip(p.source.early), skip(p.source.late);
-}
-
 // Item i of panels * sets: a panel's weights of a set.
 void make_weights(const Plan& plan, const WinogradParams& p, index_t i, float* weights, int isa) {
   const auto transform = MF_PICK_SIMD(winograd_weights, isa);
@@ -217,7 +210,7 @@ void run_apart_shared(const Plan& plan, const WinogradParams& p, const ExecConte
 
 // All products of a panel and a part of the rows of points: every set's weights are made for a
 // chain of channels, which stay in the L2 cache. Channels outermost, so that packed weights are
-// read from memory once; but where sets share sums, sets outermost as in run_apart: results must
+// read from memory once; but where sets share sums, sets outermost as in run_tiles: results must
 // not depend on the number of threads.
 void multiply_panel(const Plan& plan, const TimeSegment& segment, const WinogradLayout& layout,
                     const WinogradParams& p, index_t panel, index_t part, float* weights,

@@ -136,6 +136,11 @@ void shift_channels(WinogradParams& p, index_t groups) {
   shift(p.residual.late, targets), shift(p.bias, targets);
 }
 
+void skip_source_channels(WinogradParams& p, index_t channels) {
+  for (void** side : {&p.source.early, &p.source.late})
+    if (*side) *side = static_cast<char*>(*side) + channels * dtype_bytes(p.source_type);
+}
+
 PackLayout winograd_packing(int isa) {
   return {2 * gather_lanes(isa), gather_lanes(isa), false, DType::f32, true};
 }

@@ -29,6 +29,8 @@ struct WinogradBase {
 
 // The same tensors, for the channels `groups` groups of the convolution further on.
 void shift_channels(WinogradParams& params, index_t groups);
+// The same, from this channel of the sources on.
+void skip_source_channels(WinogradParams& params, index_t channels);
 
 PackLayout winograd_packing(int isa);
 

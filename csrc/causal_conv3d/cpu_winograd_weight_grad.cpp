@@ -137,8 +137,7 @@ WinogradTiles Plan::tiles_of(index_t round, WinogradLayout& of_group) const {
 WinogradParams Plan::params_of(index_t conv_group, index_t first_channel, index_t count) const {
   WinogradParams p = params;
   shift_channels(p, conv_group);
-  for (void** side : {&p.source.early, &p.source.late})
-    if (*side) *side = static_cast<char*>(*side) + first_channel * dtype_bytes(p.source_type);
+  skip_source_channels(p, first_channel);
   p.reduce = count;
   return p;
 }

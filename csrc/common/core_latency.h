@@ -14,7 +14,7 @@
 namespace magvit_fast {
 
 // Nanoseconds of one handover, the least of many windows; 0 where the pool has one thread. Takes a
-// millisecond, and at most 20 where the two threads have only one core.
+// millisecond, or half a second where both threads have only one core and wait for its scheduler.
 inline double core_latency_ns() {
   double least = 0.0;
 #ifdef _OPENMP

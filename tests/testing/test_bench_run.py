@@ -10,8 +10,10 @@ from benchmarks.run import asked, middle, render, rows
 
 from magvit_fast import _native
 
-needs_core = pytest.mark.skipif(
-    _native.missing_core(torch.device("cpu")) is not None, reason="no core"
+needs_threads = pytest.mark.skipif(
+    _native.missing_core(torch.device("cpu")) is not None
+    or _native.core().build_info()["openmp"] == "none",
+    reason="needs the compiled core, with OpenMP",
 )
 
 
@@ -56,7 +58,7 @@ def test_a_row_says_how_far_the_cores_were_apart() -> None:
     assert "| 3x | 165 to 30 |" in render(middle([moved]), {"cpu": "x"})
 
 
-@needs_core
+@needs_threads
 def test_the_latency_of_cores_is_measured() -> None:
     assert 1.0 < _native.core().core_latency_ns() < 1e8
 
